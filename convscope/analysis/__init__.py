@@ -1,0 +1,1 @@
+"""What a network learned, one file an analysis."""

@@ -1,0 +1,189 @@
+"""The one command. A subcommand's module is imported when it runs, so that `--help` needs no torch."""
+
+import contextlib
+import importlib
+import io
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convscope import __version__
+from convscope.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a subcommand lives and what it does, in a line."""
+
+    module: str
+    config: str
+    summary: str
+    run: str = "run"
+
+
+COMMANDS: dict[tuple[str, ...], Command] = {
+    ("quickstart",): Command(
+        "convscope.quickstart", "QuickstartConfig", "everything once, small, offline: data to report in minutes"
+    ),
+    ("shards", "build"): Command(
+        "convscope.core.data.build", "BuildConfig", "pack a folder, zip, table or data set into webdataset shards"
+    ),
+    ("shards", "check"): Command(
+        "convscope.core.data.check", "CheckConfig", "find truncated tars, corrupt images, wrong counts"
+    ),
+    ("shards", "index"): Command(
+        "convscope.core.data.check", "IndexConfig", "write the index beside shards made elsewhere", run="run_index"
+    ),
+    ("pretrain", "spark"): Command(
+        "convscope.ssl.pretrain", "SparkCommand", "masked modeling for convolutional networks (SparK)"
+    ),
+    ("eval", "linear-probe"): Command(
+        "convscope.eval.linear_probe", "LinearProbeCommand", "linear classifiers on frozen features"
+    ),
+    ("eval", "knn"): Command("convscope.eval.knn", "KnnCommand", "k-nearest-neighbour vote on frozen features"),
+    ("eval", "fine-tune"): Command(
+        "convscope.eval.fine_tune", "FineTuneCommand", "train the whole network on all or a few labels"
+    ),
+    ("analyze", "erf"): Command("convscope.analysis.erf_command", "ErfCommand", "effective receptive fields"),
+    ("report",): Command("convscope.report.runs", "ReportCommand", "compare runs and results in one HTML file"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `convscope ARGV`; exits with 2 and one line on a mistake the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
+
+
+def linear_probe() -> None:
+    """`linear-probe MODEL ...`, so that a shell's `eval linear-probe MODEL` works as typed."""
+    main(["eval", "linear-probe", *sys.argv[1:]])
+
+
+def knn_probe() -> None:
+    """`knn-probe MODEL ...` is `convscope eval knn MODEL ...`."""
+    main(["eval", "knn", *sys.argv[1:]])
+
+
+def retrieval_probe() -> None:
+    """`retrieval-probe MODEL ...` is `convscope eval retrieval MODEL ...`."""
+    main(["eval", "retrieval", *sys.argv[1:]])
+
+
+def _fail(message: str) -> None:
+    print(f"convscope: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("--version", "-V"):
+        print(f"convscope {__version__}")
+        return
+    for length in (1, 2):
+        if command := COMMANDS.get(tuple(arguments[:length])):
+            _run(command, arguments[:length], arguments[length:])
+            return
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    group = words[0] if words else None
+    known = {name[0] for name in COMMANDS}
+    if group is not None and group not in known:
+        raise UserError(f"no command {group!r}; commands: {', '.join(sorted(known))} (see convscope --help)")
+    if len(words) > 1:
+        inside = ", ".join(name[1] for name in COMMANDS if name[0] == group and len(name) > 1)
+        raise UserError(f"no command '{' '.join(words[:2])}'; {group} has: {inside}")
+    print(_help(group))
+
+
+def _help(group: str | None) -> str:
+    rows = {" ".join(name): command.summary for name, command in COMMANDS.items() if group in (None, name[0])}
+    width = max(map(len, rows))
+    lines = [f"  convscope {name:<{width}}  {summary}" for name, summary in rows.items()]
+    head = f"convscope {__version__}: pretrain vision backbones without labels and see what they learned"
+    foot = "Options of a command: convscope COMMAND --help. A full traceback of an error: --debug."
+    return "\n".join([head, "", *lines, "", foot])
+
+
+def _run(command: Command, words: list[str], arguments: list[str]) -> None:
+    module = importlib.import_module(command.module)
+    config_class = getattr(module, command.config)
+    arguments, saved = _take_option(arguments, "--config")
+    arguments, preset = _take_option(arguments, "--preset")
+    if preset is not None:
+        arguments = _preset_flags(module, preset, arguments) + arguments
+    config = _parse(config_class, arguments, f"convscope {' '.join(words)}", saved)
+    getattr(module, command.run)(config)
+
+
+def _take_option(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
+    """Remove `flag VALUE` or `flag=VALUE` from the arguments."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return arguments[:i] + arguments[i + 1 :], argument.partition("=")[2]
+        if argument == flag:
+            if i + 1 == len(arguments):
+                raise UserError(f"{flag} needs a value")
+            return arguments[:i] + arguments[i + 2 :], arguments[i + 1]
+    return arguments, None
+
+
+def _preset_flags(module: Any, name: str, arguments: list[str]) -> list[str]:
+    """A preset is a set of flags that stand before the user's own, which therefore win."""
+    if not hasattr(module, "preset"):
+        raise UserError("this command has no presets")
+    values: Mapping[str, Any] = module.preset(name, arguments)
+    flags: list[str] = []
+    for key, value in values.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            items = value if isinstance(value, list) else [value]
+            flags += [f"--{flag}", *(str(item) for item in items)]
+    return flags
+
+
+def _parse(config_class: Any, arguments: list[str], program: str, saved: str | None) -> Any:
+    import tyro
+
+    from convscope.core.config import from_dict, load_yaml
+
+    options: dict[str, Any] = {"prog": program, "args": arguments}
+    if saved is not None:
+        options["default"] = from_dict(config_class, load_yaml(Path(saved)), saved)
+    if {"-h", "--help"} & set(arguments):
+        return tyro.cli(config_class, **options)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(config_class, **options)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        raise UserError(f"{_one_line(said.getvalue())} (see {program} --help)") from None
+
+
+def _one_line(boxed: str) -> str:
+    """tyro's boxed message as plain words."""
+    words = re.sub("\x1b\\[[0-9;]*m|[─-╿]", " ", boxed)
+    lines = [" ".join(line.split()) for line in words.splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(("For full helptext", "Parsing error")))
+    return text.split(" Full helptext")[0].strip()

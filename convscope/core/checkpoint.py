@@ -1,0 +1,178 @@
+"""A run directory: one writer at a time, checkpoints that are whole or absent, metrics that match them."""
+
+import fcntl
+import json
+import os
+import pickle
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from convscope.core.config import load_yaml, save_yaml, to_dict
+from convscope.core.errors import UserError
+from convscope.core.files import atomic_write, write_bytes, write_json
+
+
+class RunDirectory:
+    """The files of one run (docs/design.md); use it as a context manager to hold its lock.
+
+    Only the process with `main=True` writes; the others read the same checkpoint.
+    """
+
+    def __init__(self, path: Path, *, main: bool = True) -> None:
+        self.path = path
+        self.main = main
+        self.attempt = 0
+        self._lock: int | None = None
+
+    def __enter__(self) -> "RunDirectory":
+        if not self.main:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot write to run directory {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
+        except OSError:
+            holder = (self.path / ".lock").read_text().strip()
+            os.close(self._lock)
+            raise UserError(
+                f"another run is writing to {self.path} ({holder}); wait for it or choose another --output-dir"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def claim(self, config: Any, changeable: frozenset[str] = frozenset()) -> None:
+        """Write config.yaml, or check that the run that is here was started with the same settings.
+
+        Args:
+            config: the resolved settings, a dataclass.
+            changeable: names of settings that may differ when a run is continued.
+
+        Raises:
+            UserError: the directory holds a run with other settings, which are named.
+        """
+        if not self.main:
+            return
+        file = self.path / "config.yaml"
+        if file.exists():
+            before, now = _flatten(load_yaml(file)), _flatten(to_dict(config))
+            differing = sorted(
+                key
+                for key in before.keys() | now.keys()
+                if before.get(key) != now.get(key) and key.rsplit(".", 1)[-1] not in changeable
+            )
+            if differing:
+                shown = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in differing[:3])
+                raise UserError(
+                    f"{self.path} holds a run with other settings ({shown}); "
+                    "use the same settings to continue it, or another --output-dir"
+                )
+        save_yaml(file, config)
+
+    def start_attempt(self, record: Mapping[str, Any]) -> None:
+        """Number this start of the run and keep `record` (host, versions) in attempts/NNNN.json."""
+        if not self.main:
+            return
+        folder = self.path / "attempts"
+        folder.mkdir(exist_ok=True)
+        self.attempt = 1 + max((int(file.stem) for file in folder.glob("[0-9]*.json")), default=0)
+        write_json(folder / f"{self.attempt:04d}.json", {"started": time.time(), **record})
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        return latest_checkpoint(self.path)
+
+    def save(self, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
+        """Write checkpoints/step-NNNNNNNN.pt, move `latest` to it, and delete all but the `keep` newest."""
+        folder = self.path / "checkpoints"
+        file = folder / f"step-{step:08d}.pt"
+        with atomic_write(file) as stream:
+            try:
+                torch.save(dict(state), stream)
+            except RuntimeError as error:  # how torch reports a full disk
+                raise UserError(f"cannot write {file}: {str(error).splitlines()[0]}; is the disk full?") from error
+        write_bytes(folder / "latest", f"{file.name}\n".encode())
+        for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+            old.unlink(missing_ok=True)
+        return file
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one object to metrics.jsonl."""
+        self._append("metrics.jsonl", line)
+
+    def append_skipped(self, line: Mapping[str, Any]) -> None:
+        """Add one unreadable sample to skipped.jsonl."""
+        self._append("skipped.jsonl", line)
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        try:
+            with open(self.path / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of steps after `step`: they are about to be computed again."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text().splitlines():
+            with suppress(ValueError):  # a kill may have cut the last line
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        write_bytes(file, "".join(kept).encode())
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run directory, or None."""
+    try:
+        file = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    except OSError:
+        return None
+    return file if file.is_file() else None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, trusting nothing in it but tensors and plain values.
+
+    Raises:
+        UserError: missing, truncated, or not a checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise UserError(f"{path} is no readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Shards, sample order, decoding, transforms, embedded data sets."""

@@ -1,0 +1,205 @@
+"""`shards check` finds what is wrong with a folder of shards; `shards index` writes missing index files."""
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from convscope.core.data import decode as decoding
+from convscope.core.data.shard_index import parse_sample, scan, write_index
+from convscope.core.errors import UserError
+from convscope.core.files import read_json, sha256_file
+from convscope.core.log import progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Read every shard of every split, and name what is wrong; exits with an error if anything is."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder that `shards build` wrote."""
+    decode: bool = True
+    """Decode every image; without, only headers, counts, labels and hashes are looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Write the index beside every shard that lacks one or has a stale one."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder that holds shards, at any depth."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong; `shard` is relative to the checked folder, `key` None where it is not about a sample."""
+
+    shard: str
+    key: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.shard} {self.key}: {self.message}" if self.key else f"{self.shard}: {self.message}"
+
+
+@dataclass
+class _ShardReport:
+    shard: str
+    problems: list[Problem] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
+
+    def add(self, message: str, key: str | None = None) -> None:
+        self.problems.append(Problem(self.shard, key, message))
+
+
+def run(config: CheckConfig) -> None:
+    """Check and print one line per problem.
+
+    Raises:
+        UserError: anything is wrong.
+    """
+    problems = check(Path(config.folder), decode=config.decode)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UserError(f"{config.folder}: {len(problems)} problems, listed above")
+    print(f"{config.folder}: {', '.join(path.name for path in _splits(Path(config.folder)))} are sound")
+
+
+def run_index(config: IndexConfig) -> None:
+    """Write missing and stale indices.
+
+    Raises:
+        UserError: no shards, or a shard that is damaged.
+    """
+    shards = sorted(Path(config.folder).rglob("*.tar"))
+    if not shards:
+        raise UserError(f"{config.folder} holds no .tar files")
+    written = 0
+    with progress("indexing", len(shards)) as ticker:
+        for path in shards:
+            if _index_problem(path, None):
+                write_index(path)
+                written += 1
+            ticker.advance()
+    print(f"{config.folder}: {written} of {len(shards)} indices written")
+
+
+def check(folder: Path, *, decode: bool = True) -> list[Problem]:
+    """Everything wrong with the shards of every split under `folder`, in the order of splits, shards and samples.
+
+    Args:
+        folder: what `shards build` wrote.
+        decode: also decode every image.
+
+    Raises:
+        UserError: no splits there.
+    """
+    splits = _splits(folder)
+    if not splits:
+        raise UserError(f"{folder} holds no splits, that is folders with .tar files")
+    classes = read_json(folder / "classes.json") if (folder / "classes.json").exists() else None
+    return [problem for split in splits for problem in _check_split(folder, split, classes, decode)]
+
+
+def _splits(folder: Path) -> list[Path]:
+    return sorted({path.parent for pattern in ("*/*.tar", "*/shards.json") for path in folder.glob(pattern)})
+
+
+def _check_split(folder: Path, split: Path, classes: list[str] | None, decode: bool) -> Iterator[Problem]:
+    listed = _listed(split)
+    if listed is None:
+        yield Problem(str(split.relative_to(folder)), None, "no shards.json: the build is unfinished; start it again")
+    present = sorted(split.glob("*.tar"))
+    for name in sorted(set(listed or {}) - {path.name for path in present}):
+        yield Problem(f"{split.name}/{name}", None, "in shards.json but missing")
+
+    def look(path: Path) -> _ShardReport:
+        return _check_shard(path, folder, classes, decode)
+
+    seen: dict[str, str] = {}
+    reports = []
+    # Threads: decoding, hashing and reading release the interpreter lock.
+    with progress(f"checking {split.name}", len(present)) as ticker, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, report in zip(present, pool.map(look, present)):
+            if listed is not None:
+                _compare(report, path, listed.get(path.name))
+            for key in report.keys:
+                if key in seen:
+                    report.add(f"key already in {seen[key]}", key)
+                seen[key] = report.shard
+            reports.append(report)
+            ticker.advance()
+    labelled = any(len(report.unlabelled) < len(report.keys) for report in reports)
+    for report in reports:
+        yield from report.problems
+        if labelled:
+            yield from (Problem(report.shard, key, "no label, while others have one") for key in report.unlabelled)
+
+
+def _listed(split: Path) -> dict[str, Mapping[str, Any]] | None:
+    path = split / "shards.json"
+    return {row["file"]: row for row in read_json(path)["shards"]} if path.exists() else None
+
+
+def _check_shard(path: Path, folder: Path, classes: list[str] | None, decode: bool) -> _ShardReport:
+    report = _ShardReport(path.relative_to(folder).as_posix())
+    starts, error = scan(path)
+    if error is not None:
+        report.add(error)
+    if problem := _index_problem(path, starts):
+        report.add(problem)
+    with open(path, "rb") as file:
+        for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist()):
+            file.seek(start)
+            sample = parse_sample(file.read(stop - start))
+            key = str(sample["__key__"])
+            report.keys.append(key)
+            _check_label(report, key, sample.get("cls"), classes)
+            if decode:
+                try:
+                    decoding.decode(sample)
+                except decoding.DecodeError as failure:
+                    report.add(str(failure), key)
+    return report
+
+
+def _check_label(report: _ShardReport, key: str, label: bytes | str | None, classes: list[str] | None) -> None:
+    if label is None:
+        report.unlabelled.append(key)
+        return
+    text = label if isinstance(label, str) else label.decode(errors="replace")
+    if not text.strip().isdecimal():
+        report.add(f"label {text!r} is no class index", key)
+    elif classes is not None and int(text) >= len(classes):
+        report.add(f"label {text} is outside classes.json, which has {len(classes)} classes", key)
+
+
+def _index_problem(path: Path, starts: Any) -> str | None:
+    """What is wrong with a shard's index, given the sample starts that a scan found (None: scan now)."""
+    index = path.with_name(path.name + ".idx")
+    if not index.exists():
+        return "no index; write it with shards index"
+    expected = scan(path)[0] if starts is None else starts
+    if not np.array_equal(np.frombuffer(index.read_bytes(), "<u8"), expected):
+        return "stale index; write it anew with shards index"
+    return None
+
+
+def _compare(report: _ShardReport, path: Path, row: Mapping[str, Any] | None) -> None:
+    """Hold a shard against its line of shards.json."""
+    if row is None:
+        report.add("not in shards.json")
+        return
+    if len(report.keys) != row["samples"]:
+        report.add(f"{len(report.keys)} samples, {row['samples']} in shards.json")
+    if path.stat().st_size != row["bytes"]:
+        report.add(f"{path.stat().st_size} bytes, {row['bytes']} in shards.json")
+    elif sha256_file(path) != row["sha256"]:
+        report.add("sha256 differs from shards.json")

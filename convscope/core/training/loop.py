@@ -1,0 +1,270 @@
+"""The training loop: the only one. An objective maps a batch to a loss; everything else happens here.
+
+Every random draw of a step is seeded by (seed, step, rank) and every draw of a transform by (seed, position), so a
+checkpoint's step fixes the rest of the run: resuming repeats what an uninterrupted run would have done.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from convscope.core import distributed
+from convscope.core.checkpoint import RunDirectory, load_checkpoint
+from convscope.core.data.stream import train_batches
+from convscope.core.errors import UserError
+from convscope.core.log import info, progress
+from convscope.core.results import environment
+from convscope.core.training.config import PRECISIONS, Hook, LoopState, TrainConfig, TrainData
+from convscope.core.training.objective import Objective
+from convscope.core.training.optimization import (
+    LR_REFERENCE_BATCH,
+    OptimizerConfig,
+    Schedule,
+    build_optimizer,
+    count_parameters,
+    peak_lr,
+)
+from convscope.core.training.stop import Stop, leave, stop_signal
+from convscope.core.training.window import Window
+
+
+def train(
+    objective: Objective,
+    data: TrainData,
+    config: TrainConfig,
+    optimization: OptimizerConfig,
+    run: RunDirectory,
+    hooks: Sequence[Hook] = (),
+) -> Objective:
+    """Train `objective` to the end of its budget, continuing from the run's newest checkpoint if it has one.
+
+    Returns:
+        The trained objective, or its moving average where one is kept.
+
+    Raises:
+        UserError: the loss is not finite, the data rots, the checkpoint is of another run, the disk is full.
+        SystemExit: a signal asked to stop; everything is saved.
+    """
+    device = distributed.pick_device(config.device)
+    with distributed.process_group(device):
+        return _Trainer(objective, data, config, optimization, run, hooks, device).run_to_end()
+
+
+class _Trainer:
+    def __init__(
+        self,
+        objective: Objective,
+        data: TrainData,
+        config: TrainConfig,
+        optimization: OptimizerConfig,
+        run: RunDirectory,
+        hooks: Sequence[Hook],
+        device: torch.device,
+    ) -> None:
+        self.data, self.config, self.run, self.hooks, self.device = data, config, run, hooks, device
+        self.total_steps = config.total_steps(len(data))
+        self.micro_batch = _micro_batch(config)
+        if config.grad_checkpointing:
+            objective.backbone.model.set_grad_checkpointing(True)
+        objective.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        distributed.sync_batchnorm(objective, device)
+        self.objective = objective
+        self.normalize = data.normalize.to(device)
+        self.ema = ModelEmaV3(objective, decay=config.ema_decay) if config.ema_decay else None
+        self.optimizer = build_optimizer(objective, optimization, config.batch_size)
+        warmup_steps = round(optimization.warmup_epochs * len(data) / config.batch_size)
+        self.schedule = Schedule(self.optimizer, optimization, steps=self.total_steps, warmup_steps=warmup_steps)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.clip = optimization.clip
+        self.window = Window(device)
+        self.step = self._resume()
+        wrapped = distributed.wrap(objective, device)
+        self.model: nn.Module = torch.compile(wrapped) if config.compile else wrapped  # type: ignore[assignment]
+        self._announce(optimization)
+
+    def run_to_end(self) -> Objective:
+        start = self.step * self.config.batch_size
+        batches = self._batches(start)
+        state = LoopState(self.objective, self.run, self.step, self.total_steps, self.device, self.normalize)
+        clock, seen = time.perf_counter(), 0
+        main = distributed.is_main()
+        hooks = self.hooks if main else ()
+        for hook in hooks:
+            hook.start(state)
+        with stop_signal() as stop, progress("training", self.total_steps - self.step, enabled=main) as ticker:
+            while self.step < self.total_steps:
+                self.schedule.set(self.step)
+                self._seed()
+                for micro in range(self.config.accumulate):
+                    self._accumulate(next(batches), last=micro == self.config.accumulate - 1)
+                self._update()
+                self.step, seen = self.step + 1, seen + self.config.batch_size
+                done = self.step == self.total_steps
+                state.step, state.logged = self.step, {}
+                if self.step % self.config.log_every == 0 or done:
+                    state.logged = self._log(seen / (time.perf_counter() - clock))
+                    clock, seen = time.perf_counter(), 0
+                for hook in hooks:
+                    hook.after_step(state)
+                ticker.advance(note=self.window.note)
+                stopping = self._stop_agreed(stop)
+                if done or stopping or self.step % self._checkpoint_every() == 0:
+                    self._save()
+                if stopping and not done:
+                    leave(stop, self.step, self.run.path)
+        for hook in hooks:
+            hook.finish(state)
+        batches.close()
+        return self.objective if self.ema is None else self.ema.module
+
+    def _batches(self, start: int) -> Generator[Mapping[str, Any], None, None]:
+        batches: Generator[Mapping[str, Any], None, None] = train_batches(
+            self.data.shards,
+            self.data.transform,
+            batch_size=self.micro_batch,
+            seed=self.config.seed,
+            start=start,
+            stop=self.total_steps * self.config.batch_size,
+            workers=self.config.workers,
+            rank=distributed.rank(),
+            world=distributed.world(),
+            label=self.data.label,
+            indices=self.data.indices,
+            max_skipped=self.config.max_skipped,
+        )
+        return batches
+
+    def _seed(self) -> None:
+        entropy = np.random.SeedSequence((self.config.seed, self.step, distributed.rank()))
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _accumulate(self, batch: Mapping[str, Any], *, last: bool) -> None:
+        inputs = {
+            key: value.to(self.device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)
+        }
+        inputs["image"] = self.normalize(inputs["image"]).contiguous(memory_format=torch.channels_last)
+        self._report_skipped(batch.get("skipped", ()))
+        dtype = PRECISIONS[self.config.precision]
+        unsynced = contextlib.nullcontext() if last or self.model is self.objective else self.model.no_sync()  # type: ignore[operator]
+        with unsynced:
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                output = self.model(inputs)
+            self.scaler.scale(output.loss / self.config.accumulate).backward()
+        self.window.add(output.loss, output.metrics)
+
+    def _update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.objective, step=self.step)
+
+    def _log(self, rate: float) -> dict[str, float]:
+        means = self._finite_means()
+        samples = self.step * self.config.batch_size
+        line = {"step": self.step, "samples": samples, "epoch": round(samples / len(self.data), 6)} | means
+        line |= self.schedule.values()
+        line |= {"samples_per_second": round(rate, 2), "skipped": distributed.sum_over_ranks(self.window.skipped)}
+        self.window.clear()
+        if distributed.is_main():
+            self.run.append_metrics({**line, "attempt": self.run.attempt})
+        return line
+
+    def _finite_means(self) -> dict[str, float]:
+        means = distributed.mean_over_ranks(self.window.means())
+        if not math.isfinite(means.get("loss", 0.0)):
+            raise UserError(
+                f"the loss is {means['loss']} at step {self.step}; no checkpoint was written since it was finite. "
+                f"The newest one is {self.run.latest() or 'none'}: try a lower --lr or --precision fp32"
+            )
+        return means
+
+    def _report_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+        self.window.skipped += len(skipped)
+        for key, cause in skipped:
+            info(f"warning: skipped sample {key}: {cause}")
+            self.run.append_skipped({"step": self.step, "key": key, "cause": cause})
+
+    def _checkpoint_every(self) -> int:
+        epoch = len(self.data) // self.config.batch_size
+        return self.config.checkpoint_every or min(max(epoch, 50), 2000)
+
+    def _save(self) -> None:
+        self._finite_means()
+        if distributed.is_main():
+            state = {
+                "step": self.step,
+                "samples": self.step * self.config.batch_size,
+                "data": self.data.shards.fingerprint,
+                "model": self.objective.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema is not None else None,
+                "window": self.window.state(),
+            }
+            self.run.save(self.step, state, keep=self.config.keep_checkpoints)
+        distributed.barrier()
+
+    def _resume(self) -> int:
+        """Restore the newest checkpoint; returns the number of finished steps."""
+        path = distributed.broadcast(self.run.latest() if distributed.is_main() else None)
+        if path is None:
+            self.run.rewind_metrics(0)
+            return 0
+        state = load_checkpoint(path)
+        if state.get("data") != self.data.shards.fingerprint:
+            raise UserError(
+                f"{path} was trained on other data than {self.data.shards.source}; use another --output-dir"
+            )
+        try:
+            self.objective.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            self.window.load(state["window"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"{path} does not fit this run: {str(error).splitlines()[0]}") from error
+        self.run.rewind_metrics(state["step"])
+        return int(state["step"])
+
+    def _stop_agreed(self, stop: Stop) -> bool:
+        """Whether any process was asked to stop; on CUDA the processes only meet at log steps."""
+        if distributed.world() == 1:
+            return stop.signal is not None
+        if self.device.type == "cuda" and self.step % self.config.log_every:
+            return False
+        return distributed.sum_over_ranks(int(stop.signal is not None)) > 0
+
+    def _announce(self, optimization: OptimizerConfig) -> None:
+        if not distributed.is_main():
+            return
+        self.run.start_attempt({"step": self.step, "world": distributed.world(), **environment()})
+        peak = peak_lr(optimization, self.config.batch_size)
+        info(
+            f"{count_parameters(self.objective) / 1e6:.2f} M parameters on {self.device} x {distributed.world()}; "
+            f"{len(self.data)} images, {self.total_steps} steps of {self.config.batch_size}; "
+            f"lr {optimization.lr:g} per {LR_REFERENCE_BATCH} samples = {peak:g}"
+        )
+        if self.step:
+            info(f"continuing at step {self.step} of {self.total_steps}")
+
+
+def _micro_batch(config: TrainConfig) -> int:
+    parts = distributed.world() * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} must be divisible by processes x --accumulate "
+            f"({distributed.world()} x {config.accumulate})"
+        )
+    return config.batch_size // parts

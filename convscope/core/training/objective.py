@@ -1,0 +1,33 @@
+"""What the training loop trains: a module that maps a batch to a loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from convscope.core.backbone import Backbone
+
+Batch = Mapping[str, Any]
+
+
+@dataclass
+class StepOutput:
+    """What an objective hands the loop."""
+
+    loss: Tensor  # scalar
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # scalars, averaged over the step and the ranks
+
+
+class Objective(nn.Module):
+    """A backbone, what the objective adds to it, and the loss over a batch."""
+
+    backbone: Backbone
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Loss of one batch; `batch["image"]` is normalised (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of further parameters that weight decay leaves alone (1-d ones and biases always are)."""
+        return set()

@@ -1,0 +1,114 @@
+"""Optimizer, learning-rate schedule and weight-decay ramp, built on timm."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from convscope.core.errors import UserError
+from convscope.core.training.objective import Objective
+
+LR_REFERENCE_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the weights are updated."""
+
+    optimizer: Literal["lamb", "adamw", "sgd", "lars"] = "lamb"
+    """Update rule, timm's."""
+    lr: float = 2e-4
+    """Peak learning rate for 256 samples; it is multiplied by batch_size/256."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of lamb and adamw."""
+    eps: float = 1e-6
+    """Of lamb and adamw."""
+    momentum: float = 0.9
+    """Of sgd and lars."""
+    weight_decay: float = 0.04
+    """At the start of the run; never on biases and 1-d parameters."""
+    weight_decay_end: float | None = 0.2
+    """At the end, reached by a cosine; default: as at the start."""
+    clip: float | None = 5.0
+    """Largest gradient norm."""
+    warmup_epochs: float = 40.0
+    """Linear warm-up."""
+    warmup_start: float = 0.005
+    """First learning rate as a share of the peak."""
+    lr_end: float = 0.001
+    """Last learning rate as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"--lr must be positive, got {self.lr}")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"--clip must be positive, got {self.clip}")
+
+
+def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
+    """The learning rate for this global batch size (linear scaling rule)."""
+    return config.lr * batch_size / LR_REFERENCE_BATCH
+
+
+def build_optimizer(objective: Objective, config: OptimizerConfig, batch_size: int) -> torch.optim.Optimizer:
+    """timm's optimizer over two groups: decayed, and not decayed (1-d, biases, the objective's own list)."""
+    groups = param_groups_weight_decay(objective, weight_decay=1.0, no_weight_decay_list=objective.no_weight_decay())
+    groups = [{**group, "decay_scale": group["weight_decay"]} for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": peak_lr(config, batch_size), "weight_decay": config.weight_decay}
+    if config.optimizer in ("lamb", "adamw"):
+        options |= {"betas": config.betas, "eps": config.eps}
+    else:
+        options |= {"momentum": config.momentum}
+    if config.optimizer == "lamb":
+        options |= {"max_grad_norm": None}  # the loop clips, for every optimizer alike
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=config.optimizer, **options)
+    return optimizer
+
+
+class Schedule:
+    """Sets learning rate and weight decay as a pure function of the step (SparK's: warm-up, cosine, decay ramp).
+
+    Args:
+        steps: optimizer steps in the whole run; the last one, `steps - 1`, has exactly the floor values.
+        warmup_steps: steps of linear warm-up.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, config: OptimizerConfig, *, steps: int, warmup_steps: int
+    ) -> None:
+        self.optimizer, self.config, self.steps = optimizer, config, steps
+        peak = optimizer.param_groups[0]["lr"]
+        warmup_steps = min(warmup_steps, steps - 1)
+        self._lr = CosineLRScheduler(
+            optimizer,
+            t_initial=max(steps - 1 - warmup_steps, 1),
+            lr_min=config.lr_end * peak,
+            warmup_t=warmup_steps,
+            warmup_lr_init=config.warmup_start * peak,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def set(self, step: int) -> None:
+        """Set every group's values for optimizer step `step`, counted from 0."""
+        self._lr.step_update(step)
+        start = self.config.weight_decay
+        end = start if self.config.weight_decay_end is None else self.config.weight_decay_end
+        share = step / max(self.steps - 1, 1)
+        decay = end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = decay * group["decay_scale"]
+
+    def values(self) -> dict[str, float]:
+        """The values in force, for the log."""
+        groups = self.optimizer.param_groups
+        return {"lr": float(groups[0]["lr"]), "weight_decay": float(max(group["weight_decay"] for group in groups))}
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

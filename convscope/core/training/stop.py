@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM as a flag that the loop reads between steps."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from convscope.core import distributed
+from convscope.core.log import info
+
+
+@dataclass
+class Stop:
+    """Whether a signal asked this process to stop, and which."""
+
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """Turn the first SIGINT or SIGTERM into a flag that the loop reads between steps; a second one kills."""
+    stop = Stop()
+    previous: dict[int, Any] = {}
+
+    def remember(number: int, _: object) -> None:
+        stop.signal = number
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.getsignal(number)
+        signal.signal(number, remember)
+    try:
+        yield stop
+    finally:
+        for restored, handler in previous.items():
+            signal.signal(restored, handler)
+
+
+def leave(stop: Stop, step: int, run: Path) -> NoReturn:
+    """Say how to continue, and exit as a program ended by that signal does."""
+    if distributed.is_main():
+        info(f"stopped after step {step}, all saved; run the same command again to continue {run}")
+    raise SystemExit(128 + (stop.signal or signal.SIGTERM))

@@ -1,0 +1,211 @@
+"""Fine-tuning: the whole network trained on all labels or a few, from a checkpoint or from scratch."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from convscope.core import distributed
+from convscope.core.backbone import Backbone
+from convscope.core.checkpoint import RunDirectory
+from convscope.core.config import parse_assignments
+from convscope.core.data.shard_set import ShardSet, open_shards
+from convscope.core.data.stream import eval_batches
+from convscope.core.data.subset import per_class_subset, read_labels
+from convscope.core.data.transforms import Normalize, crop_flip, eval_transform
+from convscope.core.errors import UserError
+from convscope.core.models import load_backbone, model_record, save_backbone, untrained_twin
+from convscope.core.results import EvalResult, Figure, bootstrap, save_result
+from convscope.core.training.config import RESUMABLE, TrainConfig, TrainData
+from convscope.core.training.loop import train
+from convscope.core.training.objective import Batch, Objective, StepOutput
+from convscope.core.training.optimization import OptimizerConfig
+
+PROTOCOL = "fine-tune/1"
+
+
+def _optimization() -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adamw",
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.05,
+        weight_decay_end=None,
+        clip=1.0,
+        warmup_epochs=5.0,
+        warmup_start=0.0,
+        lr_end=0.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneCommand:
+    """Train the whole network with labels and report test accuracy once, after the last step."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint, run directory, or timm:NAME (docs/design.md, Models)."""
+    data: str
+    """Folder of shards with labels, or builtin:shapes."""
+    output_dir: Path
+    """Run directory; the same command continues a run that is there."""
+    arch: str | None = None
+    """Architecture of a bare weights file."""
+    model_args: tuple[str, ...] = ()
+    """Its arguments, such as depths=2,2,6,2."""
+    allow_partial: float = 1.0
+    """Share of the backbone's weights that the checkpoint must provide."""
+    from_scratch: bool = False
+    """Start from random weights of the same architecture instead: the untrained twin."""
+    train_split: str = "train"
+    test_split: str = "test"
+    label: str = "cls"
+    """Member or json field that holds the label."""
+    per_class: int | None = None
+    """Train on this many labelled images of each class; default: all."""
+    size: int | None = None
+    """Side of the images in pixels; default: as the checkpoint was trained."""
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    """Range of the random crop's area."""
+    flip: bool = True
+    """Mirror images at random."""
+    label_smoothing: float = 0.1
+    """Of the cross-entropy."""
+    optimization: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=_optimization)
+    train: tyro.conf.OmitArgPrefixes[TrainConfig]
+
+
+class Classification(Objective):
+    """Cross-entropy of a linear head on the backbone's pooled features."""
+
+    def __init__(self, backbone: Backbone, classes: int, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.num_features, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Loss on `image` (B, 3, H, W) and `label` (B,)."""
+        logits = self.logits(batch["image"])
+        loss = nn.functional.cross_entropy(logits.float(), batch["label"], label_smoothing=self.label_smoothing)
+        return StepOutput(loss, {"accuracy": (logits.argmax(1) == batch["label"]).float().mean()})
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, classes)."""
+        out: Tensor = self.head(self.backbone(images))
+        return out
+
+
+def run(config: FineTuneCommand) -> None:
+    """Fine-tune, print the accuracy and write results/fine-tune.json in the run directory."""
+    result = fine_tune(config)
+    if result is not None:
+        top1 = result.figures["top1"]
+        print(f"top-1 {100 * top1.value:.2f} % [{100 * (top1.low or 0):.2f}, {100 * (top1.high or 0):.2f}]")
+
+
+def fine_tune(config: FineTuneCommand) -> EvalResult | None:
+    """Run the whole protocol; the result is None on all processes but the main one.
+
+    Raises:
+        UserError: what loading, reading or training refuses.
+    """
+    device = distributed.pick_device(config.train.device)
+    with distributed.process_group(device):
+        backbone = load_backbone(
+            config.model,
+            arch=config.arch,
+            model_args=parse_assignments(config.model_args),
+            allow_partial=config.allow_partial,
+        )
+        if config.from_scratch:
+            backbone = untrained_twin(backbone, config.train.seed)
+        if config.size is not None:
+            backbone.preprocessing = replace(backbone.preprocessing, size=(config.size, config.size))
+        record = model_record(backbone)  # before training changes the weights
+        shards = open_shards(config.data, config.train_split)
+        test = open_shards(config.data, config.test_split)
+        labels = read_labels(shards, config.label)
+        indices = None if config.per_class is None else per_class_subset(labels, config.per_class, config.train.seed)
+        torch.manual_seed(config.train.seed)
+        objective = Classification(backbone, int(labels.max()) + 1, config.label_smoothing)
+        main = distributed.is_main()
+        with RunDirectory(config.output_dir, main=main) as run_dir:
+            run_dir.claim(config, RESUMABLE)
+            data = _train_data(config, backbone, shards, indices)
+            trained = train(objective, data, config.train, config.optimization, run_dir)
+            if not main:
+                return None
+            result = _test(config, trained, test, record, data)
+            save_result(config.output_dir / "results" / "fine-tune.json", result)
+            save_backbone(config.output_dir / "backbone.safetensors", trained.backbone)
+    return result
+
+
+def _train_data(
+    config: FineTuneCommand, backbone: Backbone, shards: ShardSet, indices: NDArray[np.int64] | None
+) -> TrainData:
+    preprocessing = backbone.preprocessing
+    transform = crop_flip(
+        preprocessing.size[0],
+        scale=config.crop_scale,
+        interpolation=preprocessing.interpolation,
+        flip=config.flip,
+    )
+    normalize = Normalize(preprocessing.mean, preprocessing.std)
+    return TrainData(shards=shards, transform=transform, normalize=normalize, label=config.label, indices=indices)
+
+
+def _test(
+    config: FineTuneCommand, trained: Objective, test: ShardSet, record: dict[str, Any], data: TrainData
+) -> EvalResult:
+    assert isinstance(trained, Classification)
+    hits = predict(trained, test, data.normalize, config.label, workers=config.train.workers)
+    figures = {"top1": bootstrap(hits[:, 0], seed=config.train.seed)}
+    if trained.head.out_features > 5:
+        figures["top5"] = bootstrap(hits[:, 1], seed=config.train.seed)
+    figures["train_images"] = Figure(float(len(data)))
+    preprocessing = trained.backbone.preprocessing
+    return EvalResult(
+        task="fine-tune",
+        protocol=PROTOCOL,
+        model={**record, "from_scratch": config.from_scratch},
+        data={
+            "source": config.data,
+            "train": {"split": config.train_split, "fingerprint": data.shards.fingerprint, "count": len(data)},
+            "test": {"split": config.test_split, "fingerprint": test.fingerprint, "count": len(test)},
+            "label": config.label,
+        },
+        preprocessing={"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std},
+        figures=figures,
+        details={"per_class": config.per_class, "epochs": config.train.epochs, "lr": config.optimization.lr},
+        seed=config.train.seed,
+    )
+
+
+@torch.inference_mode()
+def predict(
+    objective: Classification, shards: ShardSet, normalize: Normalize, label: str, *, workers: int = 0
+) -> NDArray[np.float64]:
+    """Whether the true class is the first, and among the first five: (N, 2) of 0 and 1."""
+    device = next(objective.parameters()).device
+    was_training = objective.training
+    objective.eval()
+    transform = eval_transform(objective.backbone.preprocessing)
+    hits: list[Tensor] = []
+    classes = objective.head.out_features
+    for batch in eval_batches(shards, transform, batch_size=256, workers=workers, label=label):
+        if int(batch["label"].max()) >= classes:
+            raise UserError(f"split {shards.split} has label {int(batch['label'].max())}; training had {classes} classes")
+        logits = objective.logits(normalize(batch["image"].to(device)))
+        ranked = logits.topk(min(5, classes), dim=1).indices.cpu() == batch["label"][:, None]
+        hits.append(torch.stack([ranked[:, 0], ranked.any(1)], dim=1))
+    objective.train(was_training)
+    return torch.cat(hits).double().numpy()

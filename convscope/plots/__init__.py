@@ -1,0 +1,1 @@
+"""Draws from arrays; knows no model."""

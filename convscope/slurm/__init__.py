@@ -1,0 +1,1 @@
+"""Submission to SLURM and the job that runs there."""

@@ -1,0 +1,1 @@
+"""Masked computation on the visible units of an image."""

@@ -1,0 +1,160 @@
+"""How each kind of layer works on visible units; a network is converted module by module.
+
+Three kinds of layer exist. A *position-wise* layer (1x1 convolution, aligned patchify or pooling, BatchNorm,
+LayerNorm, activation, linear) is exact on units as it stands. A *mixing* layer reads neighbours: the units are put back
+into a map that is zero where masked, the stock layer runs, and its visible positions are taken out (y = op(x) * M,
+SparK sec. 3.2). A *per-image* layer computes statistics over an image: it sees all visible positions as one image.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import (
+    BlurPool2d,
+    CecaModule,
+    DropBlock2d,
+    DropPath,
+    EcaModule,
+    EffectiveSEModule,
+    GlobalContext,
+    SEModule,
+)
+from timm.layers.grn import GlobalResponseNorm
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import Tensor, nn
+
+from convscope.core.errors import UserError
+from convscope.ssl.sparse.units import VisibleUnits
+
+MIXING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
+PER_IMAGE = (
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.Dropout2d,
+    SEModule,
+    SqueezeExcite,
+    EffectiveSEModule,
+    EcaModule,
+    CecaModule,
+    GlobalContext,
+    GlobalResponseNorm,
+)
+REFUSED = (DropBlock2d,)  # drops neighbourhoods, in training only
+
+
+class MaskContext:
+    """Hands one network's layers the visible units of the batch in flight; `None` means an ordinary dense pass."""
+
+    def __init__(self) -> None:
+        self.units: VisibleUnits | None = None
+
+
+class _Converted(nn.Module):
+    """A stock layer with a sparse rule in front of its own forward; its parameters and keys stay as they are."""
+
+    mask_context: MaskContext
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        units = self.mask_context.units
+        if units is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return self._on_units(x, units)
+
+    def _stock(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # type: ignore[no-any-return]
+
+    def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
+        raise NotImplementedError
+
+
+class _Mixing(_Converted):
+    def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
+        if self._slow_in_low_precision(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return units.gather(self._stock(units.scatter(x.float())))
+        return units.gather(self._stock(units.scatter(x)))
+
+    def _slow_in_low_precision(self, x: Tensor) -> bool:
+        """Depthwise convolution in bf16 is several times slower than in fp32 on a CPU."""
+        return x.device.type == "cpu" and getattr(self, "groups", 1) > 1 and torch.is_autocast_enabled("cpu")
+
+
+class _PerImage(_Converted):
+    def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
+        batch, count = units.batch, units.count
+        if getattr(self, "channel_dim", 1) == -1:  # channels-last layers: (B*K, b, b, C) -> (B, K*b, b, C)
+            return self._stock(x.reshape(batch, -1, *x.shape[2:])).reshape(x.shape)
+        channels, height, width = x.shape[1:]
+        joined = x.view(batch, count, channels, height, width).transpose(1, 2)
+        out = self._stock(joined.reshape(batch, channels, count * height, width))
+        return out.view(batch, channels, count, height, width).transpose(1, 2).reshape(x.shape)
+
+
+class _PerSample(_Converted):
+    """Stochastic depth drops a branch for a whole image, all its units alike."""
+
+    def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
+        return self._stock(x.view(units.batch, units.count, *x.shape[1:])).flatten(0, 1)
+
+
+def rule_for(module: nn.Module) -> type[_Converted] | None:
+    """The rule a module needs, or None if it is taken to be position-wise (`verify.py` proves that)."""
+    if isinstance(module, DropPath):
+        return _PerSample
+    if isinstance(module, PER_IMAGE):
+        return _PerImage
+    if isinstance(module, MIXING) and not _aligned(module):
+        return _Mixing
+    return None
+
+
+def _aligned(module: nn.Module) -> bool:
+    """Whether every output position reads only its own block of inputs, as 1x1 and patchify layers do."""
+    if type(module) not in (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d):
+        return False
+    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+    padding, dilation = module.padding, _pair(getattr(module, "dilation", 1))
+    no_padding = not isinstance(padding, str) and _pair(padding) == (0, 0)
+    return no_padding and dilation == (1, 1) and (kernel in (stride, (1, 1)))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def convert(network: nn.Module, name: str) -> MaskContext:
+    """Give every layer of `network` its sparse rule, in place; parameters and state-dict keys do not change.
+
+    Without visible units in the returned context the network computes what it did before.
+
+    Raises:
+        UserError: a layer that no rule can make exact, by its name.
+    """
+    context = MaskContext()
+    for path, module in _outermost(network):
+        if isinstance(module, REFUSED):
+            raise refusal(name, path, module)
+        rule = rule_for(module)
+        if rule is not None:
+            stock = type(module)
+            module.__class__ = type(stock.__name__, (rule, stock), {"__module__": stock.__module__})
+            vars(module)["mask_context"] = context
+    return context
+
+
+def refusal(name: str, path: str, module: nn.Module) -> UserError:
+    """The error for a layer without an exact sparse rule."""
+    kind = type(module).__name__
+    return UserError(
+        f"SparK cannot train {name}: layer {path} ({kind}) mixes positions and has no exact sparse rule; "
+        "choose a backbone without it"
+    )
+
+
+def _outermost(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
+    """All modules, but not those inside a per-image layer, which never see units."""
+    found = [(path, module)]
+    if not isinstance(module, PER_IMAGE):
+        for name, child in module.named_children():
+            found += _outermost(child, f"{path}.{name}" if path else name)
+    return found

@@ -1,0 +1,80 @@
+"""The ERF command: which images it takes, what it writes, what it prints."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convscope.analysis.erf_command import ErfCommand, evaluate, run, spread
+from convscope.core.backbone import create_backbone
+from convscope.core.data.shard_set import open_shards
+from convscope.core.errors import UserError
+from convscope.core.results import load_result
+
+
+def test_images_cover_every_class_whatever_the_order() -> None:
+    size, classes = 1000, 10
+    by_class, in_turn = np.arange(size) * classes // size, np.arange(size) % classes
+    taken = spread(size, 100, seed=0)
+    assert len(set(taken)) == 100
+    for labels in (by_class, in_turn):
+        assert set(labels[taken]) == set(range(classes))
+    assert [index // 10 for index in taken] == list(range(100))  # one from each stretch of ten
+    assert taken == spread(size, 100, seed=0) != spread(size, 100, seed=1)
+    assert spread(3, 50, seed=0) == [0, 1, 2]
+
+
+def test_an_empty_data_set_is_told() -> None:
+    with pytest.raises(UserError, match="empty"):
+        spread(0, 5, seed=0)
+
+
+@pytest.mark.parametrize("name", ["size", "n_images", "batch_size"])
+def test_counts_are_checked(name: str) -> None:
+    with pytest.raises(UserError, match=name.replace("_", "-")):
+        ErfCommand(models=("timm:resnet10t@random",), **{name: 0})
+
+
+def test_command_writes_everything_and_prints_all_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = ("timm:resnet10t@random", "timm:vit_tiny_patch16_224@random")
+    run(ErfCommand(models=models, size=48, n_images=6, batch_size=4, output_dir=tmp_path, device="cpu"))
+    assert {p.name for p in tmp_path.iterdir()} == {"erf.json", "erf.npz", "erf.png", "erf.svg"}
+    result = load_result(tmp_path / "erf.json")
+    assert set(result.details["models"]) == set(models)
+    assert result.figures[f"{models[0]}: area at 50%"].n == 6
+    assert result.data["fingerprint"]
+    arrays = np.load(tmp_path / "erf.npz")
+    assert arrays["labels"].tolist() == list(models)
+    assert arrays["contributions_1"].shape == (48, 48)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("official", "raw", "log", "99%", *models))
+
+
+def test_untrained_row_and_published_figures(tmp_path: Path) -> None:
+    config = ErfCommand(
+        models=("timm:resnet10t@random=3",), size=48, n_images=5, untrained=True, compat="replknet", output_dir=tmp_path
+    )
+    run(config)
+    result = load_result(tmp_path / "erf.json")
+    trained, untrained = result.details["models"].values()
+    assert trained["areas"] != untrained["areas"]
+    label = next(iter(result.details["models"]))
+    official = trained["areas"]["official"][2]
+    assert official is None or result.figures[f"{label}: area at 50%"].value == official["share"]
+    assert result.protocol == "erf-replknet/1"
+
+
+def test_evaluate_leaves_the_callers_backbone_alone(tmp_path: Path) -> None:
+    backbone = create_backbone("vit_tiny_patch16_224", {"depth": 1}, seed=0)
+    weights, preprocessing = backbone.weights_hash(), backbone.preprocessing
+    shards = open_shards("builtin:shapes", "test")
+    result = evaluate({"vit": backbone}, shards, ErfCommand(models=(), size=48, n_images=3, output_dir=tmp_path))
+    assert (backbone.weights_hash(), backbone.preprocessing) == (weights, preprocessing)
+    assert result.preprocessing["size"] == (48, 48)
+    assert result.model["weights_hash"] == weights
+    assert "area at 50%" in result.figures
+
+
+def test_no_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one MODEL"):
+        run(ErfCommand(models=(), output_dir=tmp_path))
