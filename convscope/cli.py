@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if debug or error.filename is None:
             raise

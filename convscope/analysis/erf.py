@@ -35,7 +35,7 @@ class ErfConfig:
     thresholds: tuple[float, ...] = (0.2, 0.3, 0.5, 0.99)
     """Shares of the total contribution that the reported squares hold."""
     seed: int = 0
-    """Of the bootstrap over images."""
+    """Of the bootstrap; the command draws images and untrained twins by it too."""
 
     def __post_init__(self) -> None:
         if not self.thresholds or not all(0 < t < 1 for t in self.thresholds):

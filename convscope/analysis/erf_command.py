@@ -206,7 +206,7 @@ def _images(
     device = next(backbone.parameters()).device
     normalize = Normalize(backbone.preprocessing.mean, backbone.preprocessing.std).to(device)
     transform = eval_transform(backbone.preprocessing)
-    for batch in eval_batches(shards, transform, batch_size=config.batch_size, label=None, indices=indices):
+    for batch in eval_batches(shards, transform, batch_size=config.batch_size, label=None, indices=np.asarray(indices)):
         yield normalize(batch["image"].to(device))
         ticker.advance(len(batch["image"]))
 

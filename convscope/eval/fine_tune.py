@@ -203,7 +203,9 @@ def predict(
     classes = objective.head.out_features
     for batch in eval_batches(shards, transform, batch_size=256, workers=workers, label=label):
         if int(batch["label"].max()) >= classes:
-            raise UserError(f"split {shards.split} has label {int(batch['label'].max())}; training had {classes} classes")
+            raise UserError(
+                f"split {shards.split} has label {int(batch['label'].max())}; training had {classes} classes"
+            )
         logits = objective.logits(normalize(batch["image"].to(device)))
         ranked = logits.topk(min(5, classes), dim=1).indices.cpu() == batch["label"][:, None]
         hits.append(torch.stack([ranked[:, 0], ranked.any(1)], dim=1))

@@ -1,6 +1,5 @@
 """Masked image modelling, seen: the original, what the network saw, what it filled in."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,13 +38,6 @@ def draw_reconstruction(
                 if row == 0:
                     axis.set_title(title, fontsize=10, loc="center", pad=5)
         return Picture(figure)
-
-
-def plot_reconstructions(
-    original: NDArray[Any], masked: NDArray[Any], reconstruction: NDArray[Any], path: Path
-) -> None:
-    """Draw the grid (arrays as for `draw_reconstruction`) and write it to a .png or .svg, whole or not at all."""
-    draw_reconstruction(original, masked, reconstruction).save(path)
 
 
 def _displayable(image: NDArray[Any]) -> NDArray[Any]:

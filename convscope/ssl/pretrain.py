@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import tyro
@@ -170,7 +170,7 @@ def preset(name: str, arguments: list[str]) -> Mapping[str, Any]:
             backbone = arguments[i + 1]
     for pattern, values in recipe.get("by_backbone", {}).items():
         if fnmatch.fnmatch(backbone, pattern):
-            return flags | values
+            return {**flags, **values}
     if "by_backbone" in recipe:
         raise UserError(f"preset {name} is published for {', '.join(recipe['by_backbone'])}, not for {backbone}")
     return flags

@@ -40,7 +40,7 @@ class BuildConfig:
     resize: int | None = None
     """Short side in pixels of larger images; they are encoded anew. Otherwise bytes stay as they are."""
     workers: int = 0
-    """Shards written at once; 0 means one per core."""
+    """Shards written at once; 0 chooses by the number of cores."""
     image_column: str | None = None
     caption_column: str | None = None
     label_column: str | None = None
@@ -52,6 +52,8 @@ class BuildConfig:
             raise UserError(f"--samples-per-shard must be at least 1, got {self.samples_per_shard}")
         if self.resize is not None and self.resize < 1:
             raise UserError(f"--resize must be at least 1 pixel, got {self.resize}")
+        if min(self.workers, self.seed) < 0:
+            raise UserError("--workers and --seed must be at least 0")
         if self.split is not None and self.splits:
             raise UserError("--split and --splits exclude each other")
 
@@ -66,16 +68,15 @@ def run(config: BuildConfig) -> None:
     columns = Columns(image=config.image_column, caption=config.caption_column, label=config.label_column)
     source = open_source(config.source, columns=columns, split=config.split, data_root=root)
     built = build(source, config)
-    parts = [
-        f"{split}: {sum(r.samples for r in records)} samples in {len(records)} shards, "
-        f"{sum(r.bytes for r in records) / 1e6:.1f} MB"
-        for split, records in built.items()
-    ]
-    print("; ".join(parts))
-    classes = Path(config.dest) / "classes.json"
-    print(
-        f"{config.dest}: {len(read_json(classes)) if classes.exists() else 'no'} classes; check: convscope shards check"
-    )
+    print("; ".join(_summary(split, records) for split, records in built.items()))
+    path = Path(config.dest) / "classes.json"
+    print(f"{config.dest}: {len(read_json(path)) if path.exists() else 'no'} classes; verify with shards check")
+
+
+def _summary(split: str, records: Sequence[ShardRecord]) -> str:
+    shards = f"{len(records)} shard" + ("s" if len(records) > 1 else "")
+    samples, size = sum(record.samples for record in records), sum(record.bytes for record in records)
+    return f"{split}: {samples} samples in {shards}, {size / 1e6:.1f} MB"
 
 
 def build(source: Source, config: BuildConfig) -> dict[str, list[ShardRecord]]:
@@ -85,7 +86,7 @@ def build(source: Source, config: BuildConfig) -> dict[str, list[ShardRecord]]:
     plan = _plan(listing.splits, config)
     dest = Path(config.dest)
     classes = _classes(plan, listing.classes, dest)
-    settings = {name: _settings(items, config) for name, items in plan.items()}
+    settings = {name: _settings(items, classes, config) for name, items in plan.items()}
     for split in plan:
         _require_same_build(dest / split, settings[split])
     if classes is not None:
@@ -165,9 +166,9 @@ def _natural(name: str) -> tuple[bool, int, str]:
     return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
 
 
-def _settings(items: Sequence[Item], config: BuildConfig) -> dict[str, Any]:
+def _settings(items: Sequence[Item], classes: Sequence[str] | None, config: BuildConfig) -> dict[str, Any]:
     """What decides the bytes of a split; kept in DEST/SPLIT/.build.json so that builds are never mixed."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(classes).encode())
     for item in items:
         row = (item.name, item.size, item.label, item.caption, dict(item.fields))
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
@@ -204,8 +205,9 @@ def _jobs(folder: Path, items: Sequence[Item], per_shard: int, label_of: Mapping
 def _write_shards(source: Source, jobs: Sequence[ShardJob], config: BuildConfig) -> dict[Path, ShardRecord]:
     records: dict[Path, ShardRecord] = {}
     futures: dict[Future[ShardRecord], ShardJob] = {}
-    # Threads, not processes: reading, hashing, decoding and encoding all release the interpreter lock.
-    pool = ThreadPoolExecutor(config.workers or len(os.sched_getaffinity(0)))
+    # Threads, not processes: reading, hashing, decoding and encoding all release the interpreter lock, and a script
+    # that opens builtin:shapes needs no main guard (drawing holds the lock, but takes ten seconds, once).
+    pool = ThreadPoolExecutor(config.workers or None)
     try:
         with progress("packing", sum(len(job.items) for job in jobs)) as ticker:
             for job in jobs:

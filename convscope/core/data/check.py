@@ -1,6 +1,5 @@
 """`shards check` finds what is wrong with a folder of shards; `shards index` writes missing index files."""
 
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from convscope.core.data import decode as decoding
-from convscope.core.data.shard_index import parse_sample, scan, write_index
+from convscope.core.data.decode import DecodeError
+from convscope.core.data.decode import decode as decode_image
+from convscope.core.data.shard_index import index_path, parse_sample, scan, write_index
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, sha256_file
 from convscope.core.log import progress
@@ -22,7 +22,7 @@ class CheckConfig:
     """Read every shard of every split, and name what is wrong; exits with an error if anything is."""
 
     folder: tyro.conf.Positional[str]
-    """Folder that `shards build` wrote."""
+    """Folder that `shards build` wrote, or a folder of tars."""
     decode: bool = True
     """Decode every image; without, only headers, counts, labels and hashes are looked at."""
 
@@ -69,7 +69,8 @@ def run(config: CheckConfig) -> None:
         print(problem)
     if problems:
         raise UserError(f"{config.folder}: {len(problems)} problems, listed above")
-    print(f"{config.folder}: {', '.join(path.name for path in _splits(Path(config.folder)))} are sound")
+    splits = ", ".join(path.name for path in _splits(Path(config.folder)))
+    print(f"{config.folder}: nothing wrong in {splits}")
 
 
 def run_index(config: IndexConfig) -> None:
@@ -84,7 +85,10 @@ def run_index(config: IndexConfig) -> None:
     written = 0
     with progress("indexing", len(shards)) as ticker:
         for path in shards:
-            if _index_problem(path, None):
+            starts, error = scan(path)
+            if error is not None:
+                raise UserError(f"{path}: {error}; get or build this shard again")
+            if _index_problem(path, starts):
                 write_index(path)
                 written += 1
             ticker.advance()
@@ -95,7 +99,7 @@ def check(folder: Path, *, decode: bool = True) -> list[Problem]:
     """Everything wrong with the shards of every split under `folder`, in the order of splits, shards and samples.
 
     Args:
-        folder: what `shards build` wrote.
+        folder: what `shards build` wrote, or a folder of tars.
         decode: also decode every image.
 
     Raises:
@@ -109,33 +113,38 @@ def check(folder: Path, *, decode: bool = True) -> list[Problem]:
 
 
 def _splits(folder: Path) -> list[Path]:
-    return sorted({path.parent for pattern in ("*/*.tar", "*/shards.json") for path in folder.glob(pattern)})
+    """Folders with shards: those below `folder`, or `folder` itself for shards made elsewhere."""
+    return sorted({path.parent for pattern in ("*.tar", "*/*.tar", "*/.build.json") for path in folder.glob(pattern)})
 
 
 def _check_split(folder: Path, split: Path, classes: list[str] | None, decode: bool) -> Iterator[Problem]:
     listed = _listed(split)
-    if listed is None:
+    if listed is None and (split / ".build.json").exists():
         yield Problem(str(split.relative_to(folder)), None, "no shards.json: the build is unfinished; start it again")
     present = sorted(split.glob("*.tar"))
     for name in sorted(set(listed or {}) - {path.name for path in present}):
-        yield Problem(f"{split.name}/{name}", None, "in shards.json but missing")
+        yield Problem((split / name).relative_to(folder).as_posix(), None, "in shards.json but missing")
 
     def look(path: Path) -> _ShardReport:
-        return _check_shard(path, folder, classes, decode)
+        report = _check_shard(path, folder, classes, decode)
+        if listed is not None:
+            _compare(report, path, listed.get(path.name))
+        return report
 
     seen: dict[str, str] = {}
     reports = []
-    # Threads: decoding, hashing and reading release the interpreter lock.
-    with progress(f"checking {split.name}", len(present)) as ticker, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, report in zip(present, pool.map(look, present)):
-            if listed is not None:
-                _compare(report, path, listed.get(path.name))
-            for key in report.keys:
-                if key in seen:
-                    report.add(f"key already in {seen[key]}", key)
-                seen[key] = report.shard
-            reports.append(report)
-            ticker.advance()
+    pool = ThreadPoolExecutor()  # decoding, hashing and reading release the interpreter lock
+    try:
+        with progress(f"checking {split.name}", len(present)) as ticker:
+            for report in pool.map(look, present):
+                for key in report.keys:
+                    if key in seen:
+                        report.add(f"key already in {seen[key]}", key)
+                    seen[key] = report.shard
+                reports.append(report)
+                ticker.advance()
+    finally:
+        pool.shutdown(cancel_futures=True)
     labelled = any(len(report.unlabelled) < len(report.keys) for report in reports)
     for report in reports:
         yield from report.problems
@@ -164,9 +173,9 @@ def _check_shard(path: Path, folder: Path, classes: list[str] | None, decode: bo
             _check_label(report, key, sample.get("cls"), classes)
             if decode:
                 try:
-                    decoding.decode(sample)
-                except decoding.DecodeError as failure:
-                    report.add(str(failure), key)
+                    decode_image(sample)
+                except DecodeError as failure:
+                    report.add(failure.cause, key)
     return report
 
 
@@ -182,12 +191,11 @@ def _check_label(report: _ShardReport, key: str, label: bytes | str | None, clas
 
 
 def _index_problem(path: Path, starts: Any) -> str | None:
-    """What is wrong with a shard's index, given the sample starts that a scan found (None: scan now)."""
-    index = path.with_name(path.name + ".idx")
+    """What is wrong with a shard's index, given the sample starts that a scan found."""
+    index = index_path(path)
     if not index.exists():
         return "no index; write it with shards index"
-    expected = scan(path)[0] if starts is None else starts
-    if not np.array_equal(np.frombuffer(index.read_bytes(), "<u8"), expected):
+    if not np.array_equal(np.fromfile(index, "<u8"), starts):
         return "stale index; write it anew with shards index"
     return None
 

@@ -69,7 +69,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """One of four sentences."""
-        return CAPTIONS[self.template].format(**self.names)
+        return CAPTIONS[self.template].format(**self.names).replace("a orange", "an orange")
 
     def labels(self) -> dict[str, Any]:
         """The four factors as numbers and, under `<factor>_name`, in words."""
@@ -100,7 +100,7 @@ def render(index: int, *, size: int = 64, seed: int = 0) -> tuple[NDArray[np.uin
     axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
     radius = rng.uniform(0.6, 0.9)
     cx, cy = (float(shift) for shift in rng.uniform(-1, 1, 2) * (1 - radius))
-    x, y = _rotate((axis[None, :] - cx) / radius, (axis[:, None] - cy) / radius, rng.uniform(-0.5, 0.5))
+    x, y = _rotate((axis[None, :] - cx) / radius, (axis[:, None] - cy) / radius, rng.uniform(-0.8, 0.8))
     distance = SHAPES[SHAPE_NAMES[scene.shape]](x, y)
     mask = np.clip(0.5 - distance * (radius * size / 2), 0, 1)[..., None]  # the edge is one pixel wide
     back = _background(scene, axis)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from convscope.core.data.decode import DecodeError, decode
-from convscope.core.data.shard_index import write_index
+from convscope.core.data.shard_index import index_path, write_index
 from convscope.core.data.sources import EncodedImage, Item, Source
 from convscope.core.files import atomic_write, read_json, write_json
 from convscope.core.log import info
@@ -50,14 +50,15 @@ def finished(job: ShardJob) -> ShardRecord | None:
     A shard's record is written after the shard was fsynced and renamed, so its presence and the right size mean that
     the shard is whole; hashing everything again would cost as much as reading the whole data set.
     """
-    index = job.path.with_name(job.path.name + ".idx")
     listed = job.path.with_name("shards.json")
     values = None
     if job.record_path.exists():
         values = read_json(job.record_path)
     elif listed.exists():
         values = next((row for row in read_json(listed)["shards"] if row["file"] == job.path.name), None)
-    if values is None or not (job.path.exists() and index.exists() and job.path.stat().st_size == values["bytes"]):
+    if values is None or not (
+        job.path.exists() and index_path(job.path).exists() and job.path.stat().st_size == values["bytes"]
+    ):
         return None
     return ShardRecord(**values)
 
@@ -77,7 +78,7 @@ def write_shard(source: Source, job: ShardJob, resize: int | None) -> ShardRecor
                 try:
                     image = image if resize is None else _resized(image, resize)
                 except DecodeError as error:
-                    skipped.append(f"{item.name} ({error})")
+                    skipped.append(f"{item.name} ({error.cause})")
                     continue
                 for suffix, data in _members(item, image, job.label_of):
                     member = tarfile.TarInfo(f"{position:08d}.{suffix}")  # its defaults: time, user and group are 0

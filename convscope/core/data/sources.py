@@ -2,15 +2,16 @@
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from convscope.core.data import shapes_render
+from convscope.core.data.decode import IMAGE_SUFFIXES
 from convscope.core.errors import UserError
 
-IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"}
 TABLE_SUFFIXES = {"csv", "tsv", "parquet"}
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "extra"}
 SYSTEM_FILES = {"__MACOSX", "Thumbs.db", "desktop.ini"}
@@ -143,7 +144,7 @@ class ZipSource:
     def read(self, item: Item) -> EncodedImage:  # noqa: D102
         try:
             return EncodedImage(suffix_of(item.name), self.archive.read(item.name))
-        except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"cannot read {item.name} in {self.path}: {error}") from error
 
 
@@ -189,7 +190,7 @@ def arrange(files: Iterable[tuple[str, int]], where: str) -> Listing:
         else:
             images.append((parts, Item(name, size)))
     if not images:
-        raise UserError(f"{where} holds no images (extensions: {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{where} holds no images (extensions: {', '.join(IMAGE_SUFFIXES)})")
     while len({parts[0] for parts, _ in images}) == 1 and len(images[0][0]) > 1 and not _are_splits(images):
         images = [(parts[1:], item) for parts, item in images]
     split_depth = 1 if _are_splits(images) else 0

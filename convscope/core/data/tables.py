@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from convscope.core.data.sources import IMAGE_SUFFIXES, Columns, EncodedImage, Item, Listing, read_file, suffix_of
+from convscope.core.data.decode import IMAGE_SUFFIXES
+from convscope.core.data.sources import Columns, EncodedImage, Item, Listing, read_file, suffix_of
 from convscope.core.errors import UserError
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file_name", "filename")

@@ -84,12 +84,11 @@ class TorchvisionSource:
             chosen["loader"] = lambda path: read_file(Path(path))
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            return self.factory(self.root, **chosen)
+            return self.factory(root=self.root, **chosen)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"cannot get torchvision's {self.name} into {self.root} ({reason}); is there a network?"
-            ) from error
+            hint = "--data-root names a folder that has it already"
+            raise UserError(f"cannot get torchvision's {self.name} in {self.root}: {reason} ({hint})") from error
         except TypeError as error:
             raise UserError(f"torchvision's {self.name} needs more than a split to be opened: {error}") from error
 

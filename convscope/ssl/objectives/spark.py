@@ -62,7 +62,8 @@ class SparkConfig:
     def transform(self, backbone: Backbone) -> Transform:
         """Random resized crop and flip."""
         size = self.crop_size(backbone)
-        return crop_flip(size, scale=self.crop_scale, interpolation=self.interpolation, flip=self.flip)
+        transform: Transform = crop_flip(size, scale=self.crop_scale, interpolation=self.interpolation, flip=self.flip)
+        return transform
 
     def crop_size(self, backbone: Backbone) -> int:
         """Side of the training crop in pixels."""
@@ -86,7 +87,9 @@ class Spark(Objective):
         else:
             width = config.decoder_width or 768
             if width % backbone.stride:
-                raise UserError(f"--decoder-width {width} is halved down to the pixels: give a multiple of {backbone.stride}")
+                raise UserError(
+                    f"--decoder-width {width} is halved down to the pixels: give a multiple of {backbone.stride}"
+                )
             self.reconstruction = UNetReconstruction(stages, width, densify_norm(backbone))
         self.mask_context = convert(backbone.model, backbone.arch)
         self.untrained = verify(backbone, self.mask_context, self.mask_unit)

@@ -1,0 +1,253 @@
+"""One split of a data set: shards on disk, any sample of which can be read at once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from braceexpand import braceexpand
+from numpy.typing import NDArray
+
+from convscope.core.data.decode import is_image
+from convscope.core.data.shard_index import Sample, index_path, load_index, read_sample, scan_sound
+from convscope.core.errors import UserError
+from convscope.core.files import read_json, write_bytes
+
+__all__ = ["Sample", "ShardSet", "label_of", "open_shards"]
+
+MAX_OPEN = 256  # shards kept open in one process; systems allow as few as 1024 files
+OPENERS = 16  # shards opened at once; on a network file system each takes milliseconds
+
+
+class ShardSet:
+    """Samples of one split by index, in the order of the shards.
+
+    Attributes:
+        paths: the shards.
+        fingerprint: changes when names, samples or bytes do.
+        classes: names in label order, if known.
+        source: what the user asked for.
+        split: the split's name.
+
+    It can be pickled and used by forked processes and several threads at once. Reading raises IndexError for an index
+    out of range, and UserError if a shard is gone, truncated, or other than its index says.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        starts: Sequence[NDArray[np.int64]],
+        *,
+        fingerprint: str,
+        classes: list[str] | None,
+        source: str,
+        split: str,
+    ) -> None:
+        self.paths, self.fingerprint, self.classes = list(paths), fingerprint, classes
+        self.source, self.split = source, split
+        self._starts = list(starts)
+        self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in starts)])  # index of each shard's first sample
+        self._open: dict[int, _Descriptor] = {}
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._read(index, None)
+
+    def without_image(self, index: int) -> Sample:
+        """The sample's labels, captions and fields; the image's bytes stay on disk."""
+        return self._read(index, lambda suffix: not is_image(suffix))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def _read(self, index: int, keep: Callable[[str], bool] | None) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._first, index, "right")) - 1
+        row = index - int(self._first[shard])
+        start, stop = (int(offset) for offset in self._starts[shard][row : row + 2])
+        try:
+            number = self._descriptor(shard).number
+            if keep is not None:
+                return read_sample(lambda at, count: os.pread(number, count, start + at), stop - start, keep)
+            data = os.pread(number, stop - start, start)
+            return read_sample(lambda at, count: data[at : at + count], stop - start)
+        except OSError as error:
+            raise UserError(f"cannot read {self.paths[shard]}: {error.strerror or error}") from error
+        except UserError as error:
+            raise UserError(
+                f"{self.paths[shard]}: bytes {start} to {stop} are {error}; the index is stale or the shard damaged: "
+                f"see shards check"
+            ) from error
+
+    def _descriptor(self, shard: int) -> "_Descriptor":
+        descriptor = self._open.get(shard)
+        if descriptor is None:
+            if len(self._open) >= MAX_OPEN:
+                self._open = {}  # a reader in another thread keeps the one it uses alive
+            descriptor = self._open[shard] = _Descriptor(self.paths[shard])
+        return descriptor
+
+
+class _Descriptor:
+    """An open file, closed when nobody refers to it. `pread` has no position to share, so forks may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def open_shards(source: str, split: str) -> ShardSet:
+    """Open one split.
+
+    Args:
+        source: a folder with one folder per split; `builtin:shapes`; or, whatever `split` is, a folder of tars, one
+            tar, or a brace pattern such as `data/train-{000000..000009}.tar`.
+        split: "train", "test", ...
+
+    Raises:
+        UserError: nothing there, no such split, an unfinished build, a damaged shard, a stale index.
+    """
+    if source == "builtin:shapes":
+        from convscope.core.data.shapes import cached
+
+        return _open_folder(cached() / split, source, split)
+    if source.startswith("builtin:"):
+        raise UserError(f"there is no data set {source}; there is builtin:shapes")
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        paths = _expand(path)
+        return _open_paths(paths, source, path.absolute().parent.name, _classes(path.parent))
+    if _tars(path) and not _tars(path / split):
+        return _open_folder(path, source, path.absolute().name)
+    return _open_folder(path / split, source, split)
+
+
+def label_of(sample: Sample, field: str = "cls") -> int:
+    """The integer in member `field`, or in that field of the json member.
+
+    Raises:
+        UserError: neither is there, or it is no integer.
+    """
+    where = f"sample {sample['__key__']!s}"
+    value: Any = sample.get(field)
+    if value is None and "json" in sample:
+        try:
+            fields = json.loads(sample["json"])
+        except ValueError as error:
+            raise UserError(f"{where}: its .json is not valid JSON: {error}") from error
+        value = fields.get(field) if isinstance(fields, dict) else None
+    if value is None:
+        members = ", ".join(name for name in sample if name != "__key__")
+        raise UserError(f"{where} has no label {field!r}, neither as a member ({members}) nor as a field of its json")
+    try:
+        if isinstance(value, (float, bool, list, dict)):
+            raise ValueError
+        return int(value)
+    except ValueError:
+        value = value.decode(errors="replace") if isinstance(value, bytes) else value
+        raise UserError(f"{where}: its label {field!r} is {value!r}, not an integer") from None
+
+
+def _expand(pattern: Path) -> list[Path]:
+    try:
+        paths = [Path(name) for name in braceexpand(str(pattern))]
+    except ValueError as error:  # unbalanced braces
+        raise UserError(f"{pattern}: {error}") from error
+    if missing := [path for path in paths if not path.is_file()]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{missing[0]} does not exist{more}; give a folder of shards, a .tar, or builtin:shapes")
+    if other := [path for path in paths if path.suffix != ".tar"]:
+        raise UserError(
+            f"{other[0]} is no plain .tar; unpack a compressed one (it allows no random access), pack other files "
+            f"with convscope shards build"
+        )
+    return paths
+
+
+def _open_folder(folder: Path, source: str, split: str) -> ShardSet:
+    if not folder.is_dir():
+        splits = sorted(path.name for path in folder.parent.iterdir() if path.is_dir() and _tars(path))
+        has = f"it has {', '.join(splits)}" if splits else "it holds no shards; see convscope shards build"
+        raise UserError(f"{source} has no split {split!r}; {has}")
+    listing = folder / "shards.json"
+    classes = _classes(folder.parent) or _classes(folder)
+    if listing.exists():
+        return _open_listed(folder, read_json(listing), source, split, classes)
+    if (folder / ".build.json").exists():
+        raise UserError(f"{folder} is not finished; run convscope shards build again")
+    if not (paths := _tars(folder)):
+        raise UserError(f"{folder} holds no .tar files")
+    return _open_paths(paths, source, split, classes)
+
+
+def _open_listed(folder: Path, listing: Any, source: str, split: str, classes: list[str] | None) -> ShardSet:
+    try:
+        sizes = {folder / row["file"]: int(row["bytes"]) for row in listing["shards"]}
+        fingerprint, samples = str(listing["fingerprint"]), int(listing["samples"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'shards.json'} is not what shards build writes: {error!r}") from error
+    for path, size in sizes.items():
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            state = f"{'truncated' if found < size else 'too long'}: {found} of {size} bytes"
+            raise UserError(f"{path} is {state if found else 'missing'}; build or fetch it again")
+    if extra := [path for path in _tars(folder) if path not in sizes]:
+        raise UserError(f"{extra[0]} is not in {folder / 'shards.json'}; delete it, or shards.json")
+    shards = _open_paths(list(sizes), source, split, classes, fingerprint)
+    if len(shards) != samples:
+        raise UserError(f"{folder} holds {len(shards)} samples, {samples} in shards.json; see shards check")
+    return shards
+
+
+def _open_paths(
+    paths: Sequence[Path], source: str, split: str, classes: list[str] | None, fingerprint: str | None = None
+) -> ShardSet:
+    with ThreadPoolExecutor(OPENERS) as pool:
+        starts = list(pool.map(_starts, paths))
+    if sum(len(offsets) - 1 for offsets in starts) == 0:
+        raise UserError(f"{source}: the shards of split {split!r} hold no samples")
+    fingerprint = fingerprint or _fingerprint(paths, starts)
+    return ShardSet(paths, starts, fingerprint=fingerprint, classes=classes, source=source, split=split)
+
+
+def _starts(path: Path) -> NDArray[np.int64]:
+    """Sample offsets from the sidecar; a shard made elsewhere has none, and gets one if its folder can be written."""
+    if index_path(path).exists():
+        return load_index(path)
+    starts = scan_sound(path)
+    with suppress(UserError):  # a read-only folder
+        write_bytes(index_path(path), starts.astype("<u8").tobytes())
+    return starts
+
+
+def _fingerprint(paths: Sequence[Path], starts: Sequence[NDArray[np.int64]]) -> str:
+    digest = hashlib.sha256()
+    for path, offsets in zip(paths, starts):
+        digest.update(f"{path.name}:{path.stat().st_size}:{len(offsets)}\n".encode())
+        digest.update(offsets.astype("<u8").tobytes())
+    return digest.hexdigest()
+
+
+def _classes(folder: Path) -> list[str] | None:
+    path = folder / "classes.json"
+    if not path.exists():
+        return None
+    names = read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is not a list of class names")
+    return names
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))

@@ -1,0 +1,245 @@
+"""Batches of decoded images, for training and for evaluation.
+
+A training stream is an endless row of positions. Which sample stands at a position, and every random draw made for it,
+depend on the seed and the position alone; so any process count, worker count and starting point give the same data.
+"""
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from os import _exit, getppid
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from convscope.core.data.decode import DecodeError, decode
+from convscope.core.data.order import Order
+from convscope.core.data.shard_set import ShardSet, label_of
+from convscope.core.errors import UserError
+
+Transform = Callable[[Image.Image], Tensor]  # RGB -> uint8 (3, H, W)
+Batch = dict[str, Any]
+Indices = NDArray[np.int64] | Sequence[int]
+
+MAX_IN_A_ROW = 100  # samples that may fail one after the other before a substitute is found
+MIN_SEEN = 1000  # samples before the share of skipped ones means anything
+
+
+def train_batches(
+    shards: ShardSet,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    stop: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    label: str | None = None,
+    indices: Indices | None = None,
+    max_skipped: float = 1e-3,
+) -> Generator[Batch, None, None]:
+    """Batches of this rank: positions start + rank, start + rank + world, ... below `stop`.
+
+    Args:
+        shards: where samples come from.
+        transform: its draws from torch's and Python's generators are fixed by (seed, position).
+        batch_size: images per batch on this rank; only the last one can be shorter.
+        seed: of order and draws.
+        start: first position of the stream over all ranks; samples already seen.
+        stop: end of the stream.
+        workers: data-loading processes; 0 loads in this one.
+        rank: this process's number.
+        world: number of processes that share the stream.
+        label: member or json field to yield as `label`.
+        indices: samples to train on; default all.
+        max_skipped: share of samples that may be replaced, because they cannot be decoded, by the next position's.
+
+    Yields:
+        image uint8 (B, 3, H, W), index int64 (B,), label int64 (B,) if asked for, skipped [(key, cause)].
+
+    Raises:
+        UserError: too many samples cannot be decoded, a label is missing, a shard is damaged.
+    """
+    order = Order(len(shards) if indices is None else len(indices), seed)
+    positions = range(start + rank, stop, world)
+    batches = _Batches(shards, transform, positions, batch_size, label, seed, _as_array(indices), order)
+    return _limit_skipped(_load(batches, workers), max_skipped, shards.source)
+
+
+def eval_batches(
+    shards: ShardSet,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    label: str | None = "cls",
+    indices: Indices | None = None,
+) -> Generator[Batch, None, None]:
+    """Every sample, or those at `indices`, exactly once over all ranks and in order; see `train_batches`.
+
+    Draws of a random transform depend on a sample's place alone, so each pass gives the same images.
+
+    Yields:
+        image uint8 (B, 3, H, W), index int64 (B,), label int64 (B,) if asked for, key [str]; skipped is empty.
+
+    Raises:
+        UserError: a sample cannot be decoded, a label is missing, a shard is damaged.
+    """
+    positions = range(rank, len(shards) if indices is None else len(indices), world)
+    return _load(_Batches(shards, transform, positions, batch_size, label, 0, _as_array(indices), None), workers)
+
+
+def _as_array(indices: Indices | None) -> NDArray[np.int64] | None:
+    return None if indices is None else np.asarray(indices, dtype=np.int64)
+
+
+def _limit_skipped(batches: Generator[Batch, None, None], limit: float, source: str) -> Generator[Batch, None, None]:
+    seen = skipped = 0
+    with closing(batches):  # an error must not keep the workers alive
+        for batch in batches:
+            seen += len(batch["image"])
+            skipped += len(batch["skipped"])
+            if skipped > limit * max(seen, MIN_SEEN):
+                key, cause = batch["skipped"][-1]
+                raise UserError(
+                    f"{skipped} of {seen} samples of {source} could not be decoded, more than the allowed share "
+                    f"{limit:g}; the last was {key} ({cause}); see shards check, or raise --max-skipped"
+                )
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Item:
+    image: Tensor
+    index: int
+    label: int | None
+    key: str
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[Any]):
+    """Whole batches by their number, built where the data loader asks for them."""
+
+    shards: ShardSet
+    transform: Transform
+    positions: range
+    batch_size: int
+    label: str | None
+    seed: int
+    indices: NDArray[np.int64] | None
+    order: Order | None  # None: a position is the index itself, and nothing is ever replaced
+
+    def __len__(self) -> int:
+        return -(-len(self.positions) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch | UserError:
+        """The batch; an error is returned, as a data loader would bury a raised one in a traceback."""
+        try:
+            with _private_draws():
+                return self._batch(self.positions[number * self.batch_size : (number + 1) * self.batch_size])
+        except UserError as error:
+            return error
+
+    def _batch(self, positions: range) -> Batch:
+        skipped: list[tuple[str, str]] = []
+        indices = self._samples_at(np.asarray(positions, dtype=np.int64)).tolist()
+        items = [self._item(position, index, skipped) for position, index in zip(positions, indices)]
+        batch: Batch = {
+            "image": torch.stack([item.image for item in items]),
+            "index": torch.tensor([item.index for item in items]),
+            "skipped": skipped,
+        }
+        if self.label is not None:
+            batch["label"] = torch.tensor([item.label for item in items])
+        if self.order is None:
+            batch["key"] = [item.key for item in items]
+        return batch
+
+    def _samples_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        places = positions if self.order is None else self.order(positions)
+        return places if self.indices is None else self.indices[places]
+
+    def _item(self, position: int, index: int, skipped: list[tuple[str, str]]) -> _Item:
+        """The sample at a position, or the first readable one after it; draws are the position's own in any case."""
+        for step in range(1, MAX_IN_A_ROW + 1):
+            sample = self.shards[index]
+            try:
+                image = decode(sample)
+            except DecodeError as error:
+                if self.order is None:
+                    raise
+                skipped.append((error.key, error.cause))
+                index = int(self._samples_at(np.array([position + step]))[0])
+                continue
+            label = None if self.label is None else label_of(sample, self.label)
+            _seed_draws(self.seed, position)
+            return _Item(self.transform(image), index, label, str(sample["__key__"]))
+        raise UserError(f"{MAX_IN_A_ROW} samples in a row cannot be decoded; the last was {skipped[-1][0]}")
+
+
+def _seed_draws(seed: int, position: int) -> None:
+    value = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(value)
+    random.seed(value)
+
+
+@contextmanager
+def _private_draws() -> Iterator[None]:
+    """Leave torch's and Python's generators as they were."""
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+
+
+def _load(batches: _Batches, workers: int) -> Generator[Batch, None, None]:
+    loader: DataLoader[Any] = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(len(batches)),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else the loader draws from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """One thread each, and no signal but the parent's SIGTERM ends it.
+
+    A terminal or a cluster sends its signals to every process, and the parent may need batches until it has saved.
+    """
+    torch.set_num_threads(1)
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has no way to tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != getppid():
+        pass
+    _exit(0)

@@ -1,0 +1,85 @@
+"""From a decoded image to pixels (3, H, W) uint8, and from there, on the device, to what the network takes."""
+
+import math
+from typing import Any
+
+import torch
+from timm.data.transforms import ResizeKeepRatio
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+from convscope.core.backbone import Preprocessing
+from convscope.core.data.stream import Transform
+from convscope.core.errors import UserError
+
+
+def eval_transform(p: Preprocessing) -> Transform:
+    """Resize to size / crop_pct and crop the centre, exactly as timm does.
+
+    Raises:
+        UserError: settings that mean nothing.
+    """
+    if not 0 < p.crop_pct <= 1:
+        raise UserError(f"crop_pct must lie between 0 and 1, got {p.crop_pct}")
+    height, width = (math.floor(side / p.crop_pct) for side in p.size)
+    resize: Any
+    if height == width:
+        resize = v2.Resize(height, interpolation=interpolation_mode(p.interpolation))
+    else:
+        interpolation_mode(p.interpolation)
+        resize = ResizeKeepRatio((height, width), interpolation=p.interpolation)
+    transform: Transform = v2.Compose([resize, v2.CenterCrop(p.size), v2.PILToTensor()])
+    return transform
+
+
+def crop_flip(
+    size: int,
+    scale: tuple[float, float] = (0.67, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
+    flip: bool = True,
+) -> Transform:
+    """Random crop of a share `scale` of the area and aspect `ratio`, resized to `size`, mirrored half of the time.
+
+    Raises:
+        UserError: unknown interpolation.
+    """
+    steps: list[Any] = [v2.RandomResizedCrop(size, scale, ratio, interpolation=interpolation_mode(interpolation))]
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    transform: Transform = v2.Compose([*steps, v2.PILToTensor()])
+    return transform
+
+
+class Normalize(nn.Module):
+    """Subtracts the mean and divides by the standard deviation of each channel, both those of pixels in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> float32."""
+        return images.float().div(255).sub(self.mean).div(self.std)
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised -> uint8, rounded and clipped."""
+        pixels = images.float().mul(self.std).add(self.mean).mul(255)
+        return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def interpolation_mode(name: str) -> InterpolationMode:
+    """torchvision's mode of that name: bicubic, bilinear, nearest, lanczos, ...
+
+    Raises:
+        UserError: no such mode.
+    """
+    try:
+        return InterpolationMode(name)
+    except ValueError as error:
+        known = ", ".join(mode.value for mode in InterpolationMode)
+        raise UserError(f"unknown interpolation {name!r}; known: {known}") from error

@@ -1,0 +1,227 @@
+"""What the evaluations of frozen features share: their settings, their data, how they report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from convscope.core.backbone import Backbone
+from convscope.core.config import parse_assignments
+from convscope.core.data.shard_set import ShardSet, open_shards
+from convscope.core.errors import UserError
+from convscope.core.files import cache_dir
+from convscope.core.log import info
+from convscope.core.models import load_backbone, model_record
+from convscope.core.results import EvalResult, Figure, bootstrap, save_result
+from convscope.eval.features import Features, Pool, Precision, extract
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFeatures:
+    """Which features of which model on which data."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint, run directory, or timm:NAME (docs/design.md, Models)."""
+    data: str
+    """Folder of shards with labels, or builtin:shapes."""
+    train_split: str = "train"
+    test_split: str = "test"
+    label: str = "cls"
+    """Member or json field that holds the label."""
+    layers: tuple[str, ...] = ("pooled",)
+    """Stage names, last, pooled (the network's own pooling), or all."""
+    pool: Pool = "avg"
+    """How the map of a stage becomes a vector; cls is the class token of a transformer."""
+    arch: str | None = None
+    """Architecture of weights that do not name their own."""
+    model_args: tuple[str, ...] = ()
+    """Its arguments, such as depths=2,2,6,2."""
+    allow_partial: float = 1.0
+    """Accepted share of the backbone's weights that a checkpoint provides."""
+    precision: Precision = "fp32"
+    """Arithmetic of the backbone."""
+    batch_size: int = 256
+    """Images at a time; the result does not depend on it."""
+    workers: int = 2
+    """Processes that decode images."""
+    cache: bool = True
+    """Keep features in the cache folder ($CONVSCOPE_CACHE)."""
+    output: Path | None = None
+    """Result file; default RUN/results/TASK.json for a run, else results/ARCH-TASK.json."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "batch_size")
+        require_at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Train and test features of one layer with labels 0 ... C-1; class i is the i-th label of the train part."""
+
+    train_x: Tensor  # (N, D)
+    train_y: Tensor  # (N,)
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+
+
+def require_at_least(config: object, least: int, *names: str) -> None:
+    """Raise a UserError where one of the named settings is below `least`."""
+    for name in names:
+        if (value := getattr(config, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def labelled(train: Features, test: Features) -> Labelled:
+    """Check that both parts fit one another and number their classes.
+
+    Raises:
+        UserError: no labels, negative labels, a single class, test labels that the train part lacks.
+    """
+    if train.y is None or test.y is None:
+        raise UserError("these features have no labels; name the field that holds them with --label")
+    if len(train.x) == 0 or len(test.x) == 0 or train.x.shape[1] != test.x.shape[1]:
+        raise UserError(f"train features {tuple(train.x.shape)} and test features {tuple(test.x.shape)} do not fit")
+    if int(train.y.min()) < 0:
+        raise UserError(f"label {int(train.y.min())} is negative; labels count from 0")
+    known, train_y = torch.unique(train.y, return_inverse=True)
+    if len(known) < 2:
+        raise UserError(f"every train label is {int(known[0])}; an evaluation needs at least two classes")
+    if absent := sorted(set(test.y.tolist()) - set(known.tolist())):
+        raise UserError(
+            f"{len(absent)} test labels, such as {absent[0]}, are not among the {len(known)} train classes; "
+            "are these two splits of one data set?"
+        )
+    return Labelled(train.x, train_y, test.x, torch.searchsorted(known, test.y), len(known))
+
+
+def rank_of_truth(scores: Tensor, y: Tensor) -> Tensor:
+    """How many classes precede the true one (N,); equal scores count by class number, NaN before anything.
+
+    Args:
+        scores: (N, C).
+        y: true classes (N,).
+    """
+    true = scores.gather(1, y[:, None])
+    later = torch.arange(scores.shape[1], device=scores.device) >= y[:, None]
+    behind = (scores < true) | ((scores == true) & later)  # the true class too
+    return (~behind).sum(1)
+
+
+def accuracies(rank: Tensor, classes: int, seed: int) -> dict[str, Figure]:
+    """Top-1, and top-5 where there are more than five classes, with intervals over the test images."""
+    ends = {"top1": 1, "top5": 5} if classes > 5 else {"top1": 1}
+    return {name: bootstrap((rank < end).cpu().numpy(), seed=seed) for name, end in ends.items()}
+
+
+def open_both(config: FrozenFeatures) -> tuple[Backbone, ShardSet, ShardSet]:
+    """The model, the train split and the test split."""
+    train, test = open_shards(config.data, config.train_split), open_shards(config.data, config.test_split)
+    backbone = load_backbone(
+        config.model,
+        arch=config.arch,
+        model_args=parse_assignments(config.model_args),
+        allow_partial=config.allow_partial,
+    )
+    return backbone, train, test
+
+
+def same_samples(train: ShardSet, test: ShardSet) -> bool:
+    """Whether both splits hold the same images."""
+    return train.fingerprint == test.fingerprint
+
+
+def extract_both(
+    backbone: Backbone, train: ShardSet, test: ShardSet, config: FrozenFeatures, device: str
+) -> dict[str, tuple[Features, Features]]:
+    """Train and test features by layer."""
+
+    def features(shards: ShardSet) -> dict[str, Features]:
+        return extract(
+            backbone,
+            shards,
+            layers=config.layers,
+            pool=config.pool,
+            label=config.label,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=device,
+            precision=config.precision,
+            cache=cache_dir() / "features" if config.cache else None,
+        )
+
+    of_train, of_test = features(train), features(test)
+    return {name: (of_train[name], of_test[name]) for name in of_train}
+
+
+def frozen_result(
+    backbone: Backbone,
+    train: ShardSet,
+    test: ShardSet,
+    config: FrozenFeatures,
+    *,
+    task: str,
+    protocol: str,
+    figures: Mapping[str, Figure],
+    details: Mapping[str, Any],
+    seed: int,
+) -> EvalResult:
+    """Figures and details with what they were measured on."""
+    parts = {
+        name: {"split": shards.split, "fingerprint": shards.fingerprint, "count": len(shards)}
+        for name, shards in (("train", train), ("test", test))
+    }
+    return EvalResult(
+        task=task,
+        protocol=protocol,
+        model=model_record(backbone),
+        data={"source": train.source, **parts, "label": config.label},
+        preprocessing=asdict(backbone.preprocessing),
+        figures=figures,
+        details={"pool": config.pool, "precision": config.precision, **details},
+        seed=seed,
+    )
+
+
+def save_frozen(result: EvalResult, config: FrozenFeatures) -> Path:
+    """Write the result where the settings say, and name the file on the terminal."""
+    path = config.output or default_output(config.model, str(result.model["arch"]), result.task)
+    save_result(path, result)
+    info(f"{result.task}: wrote {path}")
+    return path
+
+
+def default_output(model: str, arch: str, task: str) -> Path:
+    """RUN/results/TASK.json for a run directory; else results/ARCH-TASK.json, where timm's @random stays visible."""
+    if Path(model).is_dir():
+        return Path(model) / "results" / f"{task}.json"
+    name = model.removeprefix("timm:") if model.startswith("timm:") else arch
+    return Path("results") / f"{name}-{task}.json"
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A small table on standard output."""
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no edge to wrap at
+    console.print(table)
+
+
+def percent(figure: Figure | None) -> str:
+    """A share as per cent with its interval."""
+    if figure is None:
+        return "-"
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.2%}"
+    return f"{figure.value:.2%} [{figure.low:.2%}, {figure.high:.2%}]"

@@ -1,0 +1,211 @@
+"""k-nearest-neighbour vote on frozen features, as DINO (arXiv:2104.14294) and DINOv2 do it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from convscope.core.backbone import Backbone
+from convscope.core.data.shard_set import ShardSet
+from convscope.core.distributed import pick_device
+from convscope.core.errors import UserError
+from convscope.core.results import EvalResult, Figure
+from convscope.eval.common import (
+    FrozenFeatures,
+    accuracies,
+    extract_both,
+    frozen_result,
+    labelled,
+    open_both,
+    percent,
+    print_table,
+    rank_of_truth,
+    same_samples,
+    save_frozen,
+)
+from convscope.eval.features import Features
+
+TASK = "knn"
+PROTOCOL = "dino-vote/1"
+HEADLINE = 20  # the k that is reported first, fixed beforehand: the best k of a table is chosen on the test set
+SIMILARITIES = 2**27  # held at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """How neighbours vote."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours; each is reported, 20 first."""
+    temperature: float = 0.07
+    """Of the softmax over similarities that weighs the votes."""
+    skip_self: bool = False
+    """Leave one out: test images are the train images. Always so where both splits hold the same images."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    seed: int = 0
+    """Of the intervals."""
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1:
+            raise UserError(f"--k must name numbers of at least 1, got {self.k}")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature must be above 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnCommand(FrozenFeatures, KnnConfig):
+    """k-nearest-neighbour vote on frozen features; nothing is trained or chosen."""
+
+    def __post_init__(self) -> None:
+        FrozenFeatures.__post_init__(self)
+        KnnConfig.__post_init__(self)
+
+
+@dataclass(frozen=True)
+class Knn:
+    """Accuracies: "top1" and "top5" at the first k, "top1 k=100" and so on at the others."""
+
+    figures: Mapping[str, Figure]
+    details: Mapping[str, Any]
+
+
+def run(config: KnnCommand) -> None:
+    """Load, evaluate, print a table and write the result."""
+    backbone, train, test = open_both(config)
+    result = evaluate(backbone, train, test, config)
+    k = next(iter(result.details["layers"].values()))["headline_k"]
+    rows = [[name, percent(figure)] for name, figure in result.figures.items()]
+    print_table(f"{TASK} {config.model}, k={k} unless said", ["figure", "value"], rows)
+    save_frozen(result, config)
+
+
+def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: KnnCommand) -> EvalResult:
+    """Vote with every layer; with several, each figure's name starts with its layer, and none is chosen.
+
+    Raises:
+        UserError: what reading, extracting or voting refuses.
+    """
+    if same_samples(train, test):
+        config = dataclasses.replace(config, skip_self=True)
+    both = extract_both(backbone, train, test, config, config.device)
+    votes = {layer: knn(*parts, config) for layer, parts in both.items()}
+    figures = {
+        name if len(votes) == 1 else f"{layer} {name}": figure
+        for layer, vote in votes.items()
+        for name, figure in vote.figures.items()
+    }
+    details = {"layers": {layer: vote.details for layer, vote in votes.items()}}
+    return frozen_result(
+        backbone, train, test, config, task=TASK, protocol=PROTOCOL, figures=figures, details=details, seed=config.seed
+    )
+
+
+def knn(train: Features, test: Features, config: KnnConfig) -> Knn:
+    """Accuracy of the weighted vote for each k.
+
+    Raises:
+        UserError: labels are missing or do not fit; `skip_self` though the keys differ; fewer than two train images.
+    """
+    part = labelled(train, test)
+    if config.skip_self and train.keys != test.keys:
+        raise UserError("--skip-self needs test images that are the train images, in the same order")
+    available = len(part.train_x) - config.skip_self
+    ks = sorted({min(k, available) for k in config.k})
+    headline = min(HEADLINE, available) if HEADLINE in config.k else min(config.k[0], available)
+    similarity, index = neighbours(
+        part.train_x, part.test_x, ks[-1], device=pick_device(config.device), skip_self=config.skip_self
+    )
+    ranks = vote_ranks(similarity, part.train_y[index], part.test_y, part.classes, ks, config.temperature)
+    figures: dict[str, Figure] = {}
+    for k in [headline, *(k for k in ks if k != headline)]:
+        for name, figure in accuracies(ranks[k], part.classes, config.seed).items():
+            figures[name if k == headline else f"{name} k={k}"] = figure
+    details = {
+        "k": ks,
+        "headline_k": headline,
+        "temperature": config.temperature,
+        "skip_self": config.skip_self,
+        "dimensions": part.train_x.shape[1],
+        "classes": part.classes,
+    }
+    return Knn(figures, details)
+
+
+def neighbours(
+    train_x: Tensor, test_x: Tensor, k: int, *, device: torch.device, skip_self: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The k most similar train rows of each test row by cosine, exactly: similarity and index (Q, k), best first.
+
+    Args:
+        train_x: (N, D).
+        test_x: (Q, D).
+        k: at most N, and at most N - 1 with `skip_self`.
+        device: faiss searches on the CPU, torch elsewhere.
+        skip_self: test row i is train row i and does not count among its own neighbours.
+    """
+    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
+    if device.type == "cpu" and (searched := search_faiss(train_x, test_x, k + skip_self)) is not None:
+        similarity, index = searched
+    else:
+        similarity, index = search_torch(train_x, test_x, k + skip_self, device)
+    if not skip_self:
+        return similarity, index
+    drop = index == torch.arange(len(index))[:, None]
+    drop[~drop.any(1), -1] = True  # among more than k copies of an image it may be missing itself
+    return similarity[~drop].view(-1, k), index[~drop].view(-1, k)
+
+
+def search_faiss(train_x: Tensor, test_x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """Largest inner products by exhaustive search, (Q, k) each; `None` where faiss is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    index = faiss.IndexFlatIP(train_x.shape[1])
+    index.add(train_x.numpy())
+    similarity, found = index.search(test_x.numpy(), k)
+    return torch.from_numpy(similarity), torch.from_numpy(found)
+
+
+def search_torch(train_x: Tensor, test_x: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Largest inner products, (Q, k) each, some rows at a time on `device`."""
+    train_x = train_x.to(device).T
+    rows = max(1, SIMILARITIES // train_x.shape[1])
+    best = [(part.to(device) @ train_x).topk(k, dim=1) for part in torch.split(test_x, rows)]
+    return torch.cat([found.values.cpu() for found in best]), torch.cat([found.indices.cpu() for found in best])
+
+
+def vote_ranks(
+    similarity: Tensor, labels: Tensor, y: Tensor, classes: int, ks: Sequence[int], temperature: float
+) -> dict[int, Tensor]:
+    """Rank (Q,) of the true class in the vote of the k nearest, for each k; `classes` where nobody voted for it.
+
+    score_c(k) = sum over i <= k of w_i [label_i = c], w = softmax(similarity / temperature) over all given neighbours.
+
+    Args:
+        similarity: (Q, K), best first.
+        labels: classes (Q, K) of the neighbours.
+        y: true classes (Q,).
+        classes: their number C.
+        ks: numbers of neighbours, ascending, at most K.
+        temperature: of the softmax.
+    """
+    ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
+    rows = max(1, SIMILARITIES // classes)
+    parts = zip(*(torch.split(values, rows) for values in (similarity, labels, y)))
+    for near, label, truth in parts:
+        # In float32, where softmax subtracts the maximum; a far neighbour's vote is small but never nothing.
+        weight = torch.softmax(near.float() / temperature, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        scores = torch.zeros(len(near), classes)
+        counted = 0
+        for k in ks:
+            scores.scatter_add_(1, label[:, counted:k], weight[:, counted:k])
+            counted = k
+            voted = scores.gather(1, truth[:, None])[:, 0] > 0
+            ranks[k].append(torch.where(voted, rank_of_truth(scores, truth), classes))
+    return {k: torch.cat(found) for k, found in ranks.items()}
