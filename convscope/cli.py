@@ -45,6 +45,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "convscope.eval.linear_probe", "LinearProbeCommand", "linear classifiers on frozen features"
     ),
     ("eval", "knn"): Command("convscope.eval.knn", "KnnCommand", "k-nearest-neighbour vote on frozen features"),
+    ("eval", "retrieval"): Command(
+        "convscope.eval.retrieval", "RetrievalCommand", "image-to-image retrieval on frozen features"
+    ),
     ("eval", "fine-tune"): Command(
         "convscope.eval.fine_tune", "FineTuneCommand", "train the whole network on all or a few labels"
     ),

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convscope import __version__
+from convscope.core.config import to_dict
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, write_json
 
@@ -49,12 +50,12 @@ def save_result(path: Path, result: EvalResult) -> None:
     """Write the result with versions and host, whole or not at all.
 
     Raises:
-        UserError: a figure is NaN or infinite, or the file cannot be written.
+        UserError: a figure or its interval is NaN or infinite, or the file cannot be written.
     """
-    bad = [name for name, figure in result.figures.items() if not math.isfinite(figure.value)]
+    bad = [name for name, figure in result.figures.items() if not _finite(figure)]
     if bad:
         raise UserError(f"{result.task}: {', '.join(bad)} is not a finite number; no result was written")
-    write_json(path, {**dataclasses.asdict(result), "versions": versions(), "host": host()})
+    write_json(path, {**to_dict(result), "versions": versions(), "host": host()})
 
 
 def load_result(path: Path) -> EvalResult:
@@ -90,10 +91,19 @@ def bootstrap(
     if len(values) == 0:
         raise UserError("an interval needs at least one sample")
     rng = np.random.default_rng(seed)
+    count = len(values)
     measure = statistic or (lambda rows: float(np.mean(rows)))
-    draws = [measure(values[rng.integers(0, len(values), len(values))]) for _ in range(resamples)]
+    value = measure(values)
+    if statistic is None and values.ndim == 1 and np.isin(values, (0, 1)).all():
+        draws = rng.binomial(count, value, resamples) / count  # what resampling 0/1 hits amounts to, at once
+    else:
+        draws = np.array([measure(values[rng.integers(0, count, count)]) for _ in range(resamples)])
     low, high = np.percentile(draws, [2.5, 97.5])
-    return Figure(measure(values), float(low), float(high), len(values))
+    return Figure(value, float(low), float(high), count)
+
+
+def _finite(figure: Figure) -> bool:
+    return all(math.isfinite(value) for value in (figure.value, figure.low, figure.high) if value is not None)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import tyro
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -156,7 +158,8 @@ def extract_both(
             cache=cache_dir() / "features" if config.cache else None,
         )
 
-    of_train, of_test = features(train), features(test)
+    of_train = features(train)
+    of_test = of_train if same_samples(train, test) else features(test)
     return {name: (of_train[name], of_test[name]) for name in of_train}
 
 
@@ -207,14 +210,13 @@ def default_output(model: str, arch: str, task: str) -> Path:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A small table on standard output."""
-    table = Table(title=title, title_justify="left")
-    for name in header:
-        table.add_column(name, no_wrap=True)
+    table = Table(*header, box=SIMPLE)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file or a pipe has no edge to wrap at
+    print(title)
     console.print(table)
 
 

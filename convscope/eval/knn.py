@@ -40,7 +40,7 @@ class KnnConfig:
     """How neighbours vote."""
 
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours; each is reported, 20 first."""
+    """Numbers of neighbours; each is reported, and 20 always, because that is the headline."""
     temperature: float = 0.07
     """Of the softmax over similarities that weighs the votes."""
     skip_self: bool = False
@@ -68,19 +68,31 @@ class KnnCommand(FrozenFeatures, KnnConfig):
 
 @dataclass(frozen=True)
 class Knn:
-    """Accuracies: "top1" and "top5" at the first k, "top1 k=100" and so on at the others."""
+    """Accuracies "top1" and "top5" by k, and the settings behind them."""
 
-    figures: Mapping[str, Figure]
+    by_k: Mapping[int, Mapping[str, Figure]]
+    headline: int
     details: Mapping[str, Any]
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """`top1` and `top5` at the headline's k, then `top1 k=10` and so on at the others."""
+        others = [k for k in self.by_k if k != self.headline]
+        named = {f"{name} k={k}": figure for k in others for name, figure in self.by_k[k].items()}
+        return {**self.by_k[self.headline], **named}
 
 
 def run(config: KnnCommand) -> None:
     """Load, evaluate, print a table and write the result."""
     backbone, train, test = open_both(config)
     result = evaluate(backbone, train, test, config)
-    k = next(iter(result.details["layers"].values()))["headline_k"]
-    rows = [[name, percent(figure)] for name, figure in result.figures.items()]
-    print_table(f"{TASK} {config.model}, k={k} unless said", ["figure", "value"], rows)
+    rows = [
+        [layer, f"{k} *" if int(k) == details["headline_k"] else k, *(percent(Figure(**f)) for f in row.values())]
+        for layer, details in result.details["layers"].items()
+        for k, row in details["test"].items()
+    ]
+    header = ["layer", "k", "test top1", "test top5"][: len(rows[0])]
+    print_table(f"{TASK} {config.model}", header, rows)
     save_frozen(result, config)
 
 
@@ -115,25 +127,22 @@ def knn(train: Features, test: Features, config: KnnConfig) -> Knn:
     if config.skip_self and train.keys != test.keys:
         raise UserError("--skip-self needs test images that are the train images, in the same order")
     available = len(part.train_x) - config.skip_self
-    ks = sorted({min(k, available) for k in config.k})
-    headline = min(HEADLINE, available) if HEADLINE in config.k else min(config.k[0], available)
+    ks = sorted({min(k, available) for k in (HEADLINE, *config.k)})
+    headline = min(HEADLINE, available)
     similarity, index = neighbours(
         part.train_x, part.test_x, ks[-1], device=pick_device(config.device), skip_self=config.skip_self
     )
     ranks = vote_ranks(similarity, part.train_y[index], part.test_y, part.classes, ks, config.temperature)
-    figures: dict[str, Figure] = {}
-    for k in [headline, *(k for k in ks if k != headline)]:
-        for name, figure in accuracies(ranks[k], part.classes, config.seed).items():
-            figures[name if k == headline else f"{name} k={k}"] = figure
+    by_k = {k: accuracies(ranks[k], part.classes, config.seed) for k in ks}
     details = {
-        "k": ks,
+        "test": {str(k): {name: dataclasses.asdict(figure) for name, figure in by_k[k].items()} for k in ks},
         "headline_k": headline,
         "temperature": config.temperature,
         "skip_self": config.skip_self,
         "dimensions": part.train_x.shape[1],
         "classes": part.classes,
     }
-    return Knn(figures, details)
+    return Knn(by_k, headline, details)
 
 
 def neighbours(

@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from convscope.core.data.decode import is_image
-from convscope.core.data.shard_index import Sample, index_path, load_index, read_sample, scan_sound
+from convscope.core.data.shard_index import Sample, index_path, load_index, parse_sample, read_sample, scan_sound
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, write_bytes
 
@@ -74,11 +74,10 @@ class ShardSet:
         row = index - int(self._first[shard])
         start, stop = (int(offset) for offset in self._starts[shard][row : row + 2])
         try:
-            number = self._descriptor(shard).number
+            descriptor = self._descriptor(shard)
             if keep is not None:
-                return read_sample(lambda at, count: os.pread(number, count, start + at), stop - start, keep)
-            data = os.pread(number, stop - start, start)
-            return read_sample(lambda at, count: data[at : at + count], stop - start)
+                return read_sample(lambda at, count: descriptor.read(start + at, count), stop - start, keep)
+            return parse_sample(descriptor.read(start, stop - start))
         except OSError as error:
             raise UserError(f"cannot read {self.paths[shard]}: {error.strerror or error}") from error
         except UserError as error:
@@ -101,6 +100,9 @@ class _Descriptor:
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, count: int) -> bytes:
+        return os.pread(self.number, count, offset)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -181,7 +183,7 @@ def _open_folder(folder: Path, source: str, split: str) -> ShardSet:
         has = f"it has {', '.join(splits)}" if splits else "it holds no shards; see convscope shards build"
         raise UserError(f"{source} has no split {split!r}; {has}")
     listing = folder / "shards.json"
-    classes = _classes(folder.parent) or _classes(folder)
+    classes = _classes(folder)
     if listing.exists():
         return _open_listed(folder, read_json(listing), source, split, classes)
     if (folder / ".build.json").exists():
@@ -240,8 +242,11 @@ def _fingerprint(paths: Sequence[Path], starts: Sequence[NDArray[np.int64]]) -> 
 
 
 def _classes(folder: Path) -> list[str] | None:
-    path = folder / "classes.json"
-    if not path.exists():
+    """Names beside the shards or one folder up, where `shards build` puts them."""
+    path = next(
+        (place / "classes.json" for place in (folder, folder.parent) if (place / "classes.json").exists()), None
+    )
+    if path is None:
         return None
     names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -30,7 +30,8 @@ Batch = dict[str, Any]
 Indices = NDArray[np.int64] | Sequence[int]
 
 MAX_IN_A_ROW = 100  # samples that may fail one after the other before a substitute is found
-MIN_SEEN = 1000  # samples before the share of skipped ones means anything
+SLACK = 1000  # samples by which the count of skipped ones may run ahead of its share: they come in random order
+PARENT_CHECK = 0.5  # seconds between two looks of a worker at whether its parent lives
 
 
 def train_batches(
@@ -111,7 +112,7 @@ def _limit_skipped(batches: Generator[Batch, None, None], limit: float, source: 
         for batch in batches:
             seen += len(batch["image"])
             skipped += len(batch["skipped"])
-            if skipped > limit * max(seen, MIN_SEEN):
+            if skipped > limit * (seen + SLACK):
                 key, cause = batch["skipped"][-1]
                 raise UserError(
                     f"{skipped} of {seen} samples of {source} could not be decoded, more than the allowed share "
@@ -234,12 +235,15 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has no way to tell who sent a signal
+    if hasattr(signal, "sigtimedwait"):  # macOS has no way to tell who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(getppid(),), daemon=True).start()
 
 
-def _exit_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != getppid():
-        pass
+def _exit_with_parent(parent: int) -> None:
+    """Wait for the parent to ask, or to be gone: an orphan would go on holding the run directory's lock."""
+    while getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK)
+        if received is not None and received.si_pid == parent:
+            break
     _exit(0)

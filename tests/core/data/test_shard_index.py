@@ -64,7 +64,9 @@ def test_same_samples_as_webdataset(tmp_path, tar_format):
 
 
 def test_reads_what_webdatasets_writer_wrote(tmp_path):
-    rows = [{"__key__": f"{i:04d}", "jpg": bytes(range(i)), "cls": str(i).encode(), "txt": b"caption"} for i in range(9)]
+    rows = [
+        {"__key__": f"{i:04d}", "jpg": bytes(range(i)), "cls": str(i).encode(), "txt": b"caption"} for i in range(9)
+    ]
     with webdataset.ShardWriter(str(tmp_path / "%d.tar"), maxcount=4, verbose=0) as writer:
         for row in rows:
             writer.write(row)
@@ -242,7 +244,12 @@ def test_tar_truncated_after_it_was_indexed(tmp_path):
 
 def test_slice_that_is_not_one_sample(tmp_path):
     data = plain(tmp_path / "x.tar").read_bytes()
-    for start, stop, cause in ((0, 5120, "0 is followed by 1"), (512, 2560, "checksum"), (0, 600, "truncated"), (0, 0, "no files")):
+    for start, stop, cause in (
+        (0, 5120, "0 is followed by 1"),
+        (512, 2560, "checksum"),
+        (0, 600, "truncated"),
+        (0, 0, "no files"),
+    ):
         with pytest.raises(UserError, match=cause):
             parse_sample(data[start:stop])
 

@@ -1,0 +1,129 @@
+"""Image-to-image retrieval on frozen features: test images query the train images of their own label."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convscope.core.backbone import Backbone
+from convscope.core.data.shard_set import ShardSet
+from convscope.core.distributed import pick_device
+from convscope.core.errors import UserError
+from convscope.core.results import EvalResult, Figure, bootstrap
+from convscope.eval.common import (
+    FrozenFeatures,
+    extract_both,
+    frozen_result,
+    labelled,
+    open_both,
+    percent,
+    print_table,
+    same_samples,
+    save_frozen,
+)
+from convscope.eval.features import Features
+from convscope.eval.knn import neighbours
+
+TASK = "retrieval"
+PROTOCOL = "image-image/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """What is asked of the ranking."""
+
+    recall_at: tuple[int, ...] = (1, 5, 10)
+    """A query is a hit at k if one of its k nearest has its label."""
+    skip_self: bool = False
+    """Queries are the gallery itself, without each query. Always so where both splits hold the same images."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    seed: int = 0
+    """Of the intervals."""
+
+    def __post_init__(self) -> None:
+        if not self.recall_at or min(self.recall_at) < 1:
+            raise UserError(f"--recall-at must name numbers of at least 1, got {self.recall_at}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalCommand(FrozenFeatures, RetrievalConfig):
+    """Image-to-image retrieval by cosine similarity, exact; the train split is the gallery, the test split asks."""
+
+    def __post_init__(self) -> None:
+        FrozenFeatures.__post_init__(self)
+        RetrievalConfig.__post_init__(self)
+
+
+def run(config: RetrievalCommand) -> None:
+    """Load, rank, print a table and write the result."""
+    backbone, gallery, queries = open_both(config)
+    result = evaluate(backbone, gallery, queries, config)
+    rows = [[name, percent(figure)] for name, figure in result.figures.items()]
+    print_table(f"{TASK} {config.model}", ["figure", "value"], rows)
+    save_frozen(result, config)
+
+
+def evaluate(backbone: Backbone, gallery: ShardSet, queries: ShardSet, config: RetrievalCommand) -> EvalResult:
+    """Rank the gallery for every query, by every layer; with several, a figure's name starts with its layer.
+
+    Raises:
+        UserError: what reading or extracting refuses.
+    """
+    if same_samples(gallery, queries):
+        config = replace(config, skip_self=True)
+    both = extract_both(backbone, gallery, queries, config, config.device)
+    ranked = {layer: retrieval(*parts, config) for layer, parts in both.items()}
+    figures = {
+        name if len(ranked) == 1 else f"{layer} {name}": figure
+        for layer, found in ranked.items()
+        for name, figure in found.items()
+    }
+    return frozen_result(
+        backbone,
+        gallery,
+        queries,
+        config,
+        task=TASK,
+        protocol=PROTOCOL,
+        figures=figures,
+        details={"recall_at": config.recall_at, "skip_self": config.skip_self, "layers": list(ranked)},
+        seed=config.seed,
+    )
+
+
+def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> Mapping[str, Figure]:
+    """Recall at each k and mean average precision over the whole ranking; both with intervals over the queries.
+
+    Raises:
+        UserError: labels are missing or do not fit, or the gallery is empty.
+    """
+    part = labelled(gallery, queries)
+    available = len(part.train_x) - config.skip_self
+    _, index = neighbours(
+        part.train_x, part.test_x, available, device=pick_device(config.device), skip_self=config.skip_self
+    )
+    relevant = part.train_y[index] == part.test_y[:, None]  # (Q, N), best first
+    asked = relevant.any(1)  # with skip_self a label may occur once only: such a query has no answer
+    if not bool(asked.any()):
+        raise UserError("no query has another image of its label in the gallery")
+    figures = {
+        f"recall@{k}": bootstrap(hits.numpy(), seed=config.seed)
+        for k, hits in recalls(relevant[asked], config.recall_at).items()
+    }
+    figures["map"] = bootstrap(average_precision(relevant[asked]).numpy(), seed=config.seed)
+    return figures
+
+
+def recalls(relevant: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
+    """Whether one of the first k is relevant, (Q,) for each k. relevant: (Q, N) bool, best first."""
+    first = relevant.to(torch.uint8).argmax(1)
+    return {k: relevant.any(1) & (first < k) for k in ks}
+
+
+def average_precision(relevant: Tensor) -> Tensor:
+    """Mean over the relevant places of the precision up to each, (Q,). relevant: (Q, N) bool, best first."""
+    hits = relevant.double()
+    precision = hits.cumsum(1) / torch.arange(1, relevant.shape[1] + 1, dtype=torch.float64)
+    return (precision * hits).sum(1) / hits.sum(1)

@@ -1,0 +1,53 @@
+"""Retrieval against a loop that follows the definitions, and scikit-learn's average precision."""
+
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from convscope.core.errors import UserError
+from convscope.eval.features import Features
+from convscope.eval.retrieval import RetrievalConfig, average_precision, retrieval
+
+
+def features(count: int, seed: int, classes: int = 4) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % classes
+    centres = torch.randn(classes, 8, generator=torch.Generator().manual_seed(99))
+    x = centres[y] + 1.5 * torch.randn(count, 8, generator=generator)
+    return Features([f"{seed}-{i}" for i in range(count)], x, y)
+
+
+def slow(gallery: Features, queries: Features, k: int, *, skip_self: bool) -> tuple[float, float]:
+    """Recall at k and mean average precision, query by query."""
+    hits, precisions = [], []
+    for q, (x, y) in enumerate(zip(queries.x, queries.y)):
+        similarity = torch.nn.functional.cosine_similarity(x[None], gallery.x)
+        order = [i for i in similarity.argsort(descending=True).tolist() if not (skip_self and i == q)]
+        relevant = [int(gallery.y[i]) == int(y) for i in order]
+        hits.append(any(relevant[:k]))
+        precisions.append(average_precision_score(relevant, similarity[order]))
+    return sum(hits) / len(hits), sum(precisions) / len(precisions)
+
+
+@pytest.mark.parametrize("skip_self", [False, True])
+def test_against_a_loop(skip_self: bool) -> None:
+    gallery = features(60, 0)
+    queries = gallery if skip_self else features(25, 1)
+    found = retrieval(gallery, queries, RetrievalConfig(recall_at=(1, 3), skip_self=skip_self, device="cpu"))
+    for k in (1, 3):
+        recall, mean_precision = slow(gallery, queries, k, skip_self=skip_self)
+        assert found[f"recall@{k}"].value == pytest.approx(recall)
+        assert found["map"].value == pytest.approx(mean_precision, rel=1e-6)
+    assert 0.3 < found["recall@1"].value < 1  # neither trivial nor perfect, so an error would show
+    assert found["map"].low < found["map"].value < found["map"].high
+
+
+def test_average_precision_by_hand() -> None:
+    relevant = torch.tensor([[True, False, True], [False, False, True]])
+    torch.testing.assert_close(average_precision(relevant), torch.tensor([(1 + 2 / 3) / 2, 1 / 3], dtype=torch.float64))
+
+
+def test_queries_without_an_answer() -> None:
+    alone = Features(["a", "b"], torch.eye(2), torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="no query"):
+        retrieval(alone, alone, RetrievalConfig(skip_self=True, device="cpu"))
