@@ -29,7 +29,8 @@ from convscope.core.training.optimization import OptimizerConfig
 PROTOCOL = "fine-tune/1"
 
 
-def _optimization() -> OptimizerConfig:
+def default_optimization() -> OptimizerConfig:
+    """AdamW with a short warm-up and a cosine to zero."""
     return OptimizerConfig(
         optimizer="adamw",
         lr=1e-3,
@@ -76,7 +77,7 @@ class FineTuneCommand:
     """Mirror images at random."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
-    optimization: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=_optimization)
+    optimization: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=default_optimization)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
 
 
