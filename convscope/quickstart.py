@@ -47,7 +47,7 @@ class QuickstartConfig:
     """Unlabelled images to pretrain on."""
     test_images: int = 2000
     """Images to test on."""
-    epochs: float = 6.0
+    epochs: float = 5.0
     """Pretraining passes."""
     per_class: int = 25
     """Labelled images of each of the 64 classes to fine-tune on."""
