@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,10 @@ def retrieval_probe() -> None:
 
 
 def _fail(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # what all processes run into is told once: the launcher ends the others when the first one ends
+        time.sleep(2)
+        message = f"process {rank}: {message}"
     print(f"convscope: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -47,8 +47,10 @@ class QuickstartConfig:
     """Unlabelled images to pretrain on."""
     test_images: int = 2000
     """Images to test on."""
-    epochs: float = 5.0
+    epochs: float = 6.0
     """Pretraining passes."""
+    probe_steps: int = 300
+    """SGD steps of each linear probe."""
     per_class: int = 25
     """Labelled images of each of the 64 classes to fine-tune on."""
     fine_tune_epochs: float = 20.0
@@ -91,15 +93,15 @@ def pretraining(config: QuickstartConfig, data: str) -> SparkCommand:
         output_dir=config.output_dir / "spark",
         backbone=config.backbone,
         backbone_args=config.backbone_args,
-        objective=SparkConfig(size=64, mask_unit=16, decoder_width=128),
+        objective=SparkConfig(size=64, mask_unit=16, decoder="light", decoder_width=256),
         optimization=OptimizerConfig(
             optimizer="adamw",
-            lr=4e-3,
+            lr=8e-3,
             betas=(0.9, 0.95),
             eps=1e-8,
             weight_decay=0.05,
             weight_decay_end=None,
-            warmup_epochs=0.3,
+            warmup_epochs=0.5,
         ),
         train=TrainConfig(
             epochs=config.epochs, batch_size=128, precision="bf16", workers=config.workers, seed=config.seed
@@ -114,7 +116,15 @@ def frozen(config: QuickstartConfig, models: Mapping[str, Backbone], train: Shar
         for name, backbone in models.items():
             folder = config.output_dir / "results"
             probe = linear_probe.LinearProbeCommand(
-                model=name, data=train.source, label=label, layers=("all",), epochs=20, seed=config.seed
+                model=name,
+                data=train.source,
+                label=label,
+                layers=("all",),
+                lrs=(0.1, 0.3, 1.0, 3.0, 10.0),
+                weight_decays=(1e-4,),
+                epochs=1,
+                min_steps=config.probe_steps,
+                seed=config.seed,
             )
             vote = knn.KnnCommand(model=name, data=train.source, label=label, layers=("last",), seed=config.seed)
             for task, found in (
@@ -136,10 +146,10 @@ def tuned(config: QuickstartConfig, data: str, name: str) -> EvalResult:
             output_dir=config.output_dir / f"fine-tune-{name}",
             per_class=config.per_class,
             crop_scale=(0.6, 1.0),
-            optimization=replace(fine_tune.default_optimization(), lr=4e-3, warmup_epochs=2.0),
+            optimization=replace(fine_tune.default_optimization(), lr=12e-3, warmup_epochs=2.0),
             train=TrainConfig(
                 epochs=config.fine_tune_epochs,
-                batch_size=64,
+                batch_size=32,
                 precision="bf16",
                 workers=config.workers,
                 seed=config.seed,

@@ -116,7 +116,7 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return module
     devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
 
 def sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:

@@ -25,6 +25,7 @@ from convscope.core.training.config import RESUMABLE, TrainConfig, TrainData
 from convscope.core.training.loop import train
 from convscope.core.training.objective import Batch, Objective, StepOutput
 from convscope.core.training.optimization import OptimizerConfig
+from convscope.eval.common import same_samples
 
 PROTOCOL = "fine-tune/1"
 
@@ -116,7 +117,7 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
     """Run the whole protocol; the result is None on all processes but the main one.
 
     Raises:
-        UserError: what loading, reading or training refuses.
+        UserError: what loading, reading or training refuses; train and test are the same images.
     """
     device = distributed.pick_device(config.train.device)
     with distributed.process_group(device):
@@ -133,6 +134,8 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
         record = model_record(backbone)  # before training changes the weights
         shards = open_shards(config.data, config.train_split)
         test = open_shards(config.data, config.test_split)
+        if same_samples(shards, test):
+            raise UserError(f"{config.data}: splits {config.train_split} and {config.test_split} hold the same images")
         labels = read_labels(shards, config.label)
         indices = None if config.per_class is None else per_class_subset(labels, config.per_class, config.train.seed)
         torch.manual_seed(config.train.seed)

@@ -178,7 +178,8 @@ def distributed_step(rank: int) -> dict[str, Any]:
     cpu = torch.device("cpu")
     objective = distributed.sync_batchnorm(build_small(), cpu)
     batch = {key: value[2 * rank : 2 * rank + 2] for key, value in joined_batch().items()}
-    loss = distributed.wrap(objective, cpu)(batch).loss
+    model = distributed.wrap(objective, cpu)  # averages gradients for as long as it lives
+    loss = model(batch).loss
     loss.backward()
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
     mean = distributed.mean_over_ranks({"loss": loss})["loss"]

@@ -18,6 +18,7 @@ from convscope.core.training.objective import Objective
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESUMABLE = frozenset(
     {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "device", "track", "picture_every"}
+    | {"data", "output_dir"}  # either may have moved; the loop compares the data's fingerprint
 )
 
 

@@ -183,11 +183,14 @@ class _Trainer:
     def _finite_means(self) -> dict[str, float]:
         means = distributed.mean_over_ranks(self.window.means())
         if not math.isfinite(means.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {means['loss']} at step {self.step}; no checkpoint was written since it was finite. "
-                f"The newest one is {self.run.latest() or 'none'}: try a lower --lr or --precision fp32"
-            )
+            raise self._diverged(f"the loss is {means['loss']}")
         return means
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"{what} at step {self.step}; no checkpoint was written since it was finite. "
+            f"The newest one is {self.run.latest() or 'none'}: try a lower --lr or --precision fp32"
+        )
 
     def _report_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
         self.window.skipped += len(skipped)
@@ -201,6 +204,8 @@ class _Trainer:
 
     def _save(self) -> None:
         self._finite_means()
+        if not all(bool(p.isfinite().all()) for p in self.objective.parameters()):  # the loss will be, a step later
+            raise self._diverged("a weight is infinite or NaN")
         if distributed.is_main():
             state = {
                 "step": self.step,
