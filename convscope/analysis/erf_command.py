@@ -1,6 +1,5 @@
 """`convscope analyze erf`: effective receptive fields of one or several models."""
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +60,8 @@ class ErfCommand(ErfConfig):
         for name in ("size", "n_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"erf: {name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"erf: seed must be at least 0, got {self.seed}")
 
     @property
     def headline(self) -> str:
@@ -145,7 +146,7 @@ def area_table(result: EvalResult) -> str:
             figure = intervals.get(_name(label, threshold, len(result.details["models"])))
             if figure and figure.low is not None and figure.high is not None:
                 cells[1] += f" [{figure.low:.2%}, {figure.high:.2%}]"
-            lines.append((label if index == 0 else "", f"{threshold:.0%}", *cells))
+            lines.append((label if index == 0 else "", f"{100 * threshold:g}%", *cells))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     return "\n".join(["Area of the smallest square that holds a share t of the contribution:", *text])
@@ -156,7 +157,7 @@ def _cell(area: Mapping[str, float] | None) -> str:
 
 
 def _name(label: str, threshold: float, models: int) -> str:
-    return f"area at {threshold:.0%}" if models == 1 else f"{label}: area at {threshold:.0%}"
+    return f"area at {100 * threshold:g}%" if models == 1 else f"{label}: area at {100 * threshold:g}%"
 
 
 def _figures(measured: Mapping[str, ErfResult], config: ErfCommand) -> dict[str, Figure]:
@@ -190,13 +191,9 @@ def _one_or_all(values: Mapping[str, dict[str, Any]], shared: dict[str, Any]) ->
 
 
 def _at_size(backbone: Backbone, size: int) -> Backbone:
-    """The backbone with its preprocessing at `size`; a copy with resampled positions where they are fixed."""
-    wanted = dataclasses.replace(backbone.preprocessing, size=(size, size), crop_pct=1.0)
-    backbone = copy.copy(backbone)
-    if wanted.size != backbone.preprocessing.size and hasattr(backbone.model, "set_input_size"):
-        backbone = copy.deepcopy(backbone)
-        backbone.model.set_input_size(img_size=wanted.size)
-    backbone.preprocessing = wanted
+    """The backbone at `size`, showing the whole short side of an image."""
+    backbone = backbone.at_size(size)
+    backbone.preprocessing = dataclasses.replace(backbone.preprocessing, crop_pct=1.0)
     return backbone
 
 

@@ -1,9 +1,10 @@
 """A backbone: a timm network seen as named stages, with the preprocessing its weights expect."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -28,6 +29,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: str = "center"  # squash: resize to the crop's shape, whatever the image's
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,23 @@ class Backbone(nn.Module):
             raise UserError(f"{self.arch} has no layer {', '.join(unknown)}; its layers are: {', '.join(known)}")
         return [known.index(name) for name in wanted]
 
+    def at_size(self, size: int) -> "Backbone":
+        """The backbone for images of `size` x `size` pixels; a copy with resampled positions where they are fixed.
+
+        Raises:
+            UserError: a size that the network does not take.
+        """
+        wanted = replace(self.preprocessing, size=(size, size))
+        resized = copy.copy(self)
+        if wanted.size != self.preprocessing.size and hasattr(self.model, "set_input_size"):
+            resized = copy.deepcopy(self)
+            try:
+                resized.model.set_input_size(img_size=wanted.size)
+            except AssertionError as error:  # timm's way to refuse
+                raise UserError(f"{self.arch} does not take images of {size} px: {error}") from error
+        resized.preprocessing = wanted
+        return resized
+
     def weights_hash(self) -> str:
         """SHA-256 (first 16 hexadecimal digits) over architecture, keys, shapes and values."""
         described = json.dumps([self.arch, self.model_args], sort_keys=True, default=str)  # lists equal tuples here
@@ -157,6 +176,7 @@ def preprocessing_of(model: nn.Module, model_args: ModelArgs | None = None) -> P
         std=tuple(data["std"]),
         interpolation=str(data["interpolation"]),
         crop_pct=float(data["crop_pct"]),
+        crop_mode=str(data["crop_mode"]),
     )
 
 

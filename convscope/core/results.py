@@ -109,7 +109,7 @@ def _finite(figure: Figure) -> bool:
 def versions() -> dict[str, str]:
     """Versions of convscope, Python and the libraries that figures depend on."""
     found = {"convscope": __version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "timm", "numpy", "scikit-learn", "faiss-cpu", "faiss-gpu-cu12"):
+    for name in ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "faiss-cpu", "faiss-gpu-cu12"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -129,6 +129,13 @@ def host() -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """What `environment.json` records: versions, host, git commit of the working directory, command line."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    commit = found.stdout.strip() if found.returncode == 0 else None
-    return {"versions": versions(), "host": host(), "git_commit": commit, "command": sys.argv}
+    return {"versions": versions(), "host": host(), "git_commit": _git_commit(), "command": sys.argv}
+
+
+def _git_commit() -> str | None:
+    """None outside of a repository, and where git is not installed."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

@@ -135,8 +135,14 @@ def open_both(config: FrozenFeatures) -> tuple[Backbone, ShardSet, ShardSet]:
 
 
 def same_samples(train: ShardSet, test: ShardSet) -> bool:
-    """Whether both splits hold the same images."""
+    """Whether both splits are the same shards."""
     return train.fingerprint == test.fingerprint
+
+
+def require_same_keys(train: Features, test: Features, skip_self: bool) -> None:
+    """Raise a UserError where leaving oneself out would leave out another image."""
+    if skip_self and train.keys != test.keys:
+        raise UserError("--skip-self needs test images that are the train images, in the same order")
 
 
 def extract_both(

@@ -1,6 +1,6 @@
 """Fine-tuning: the whole network trained on all labels or a few, from a checkpoint or from scratch."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convscope.core import distributed
 from convscope.core.backbone import Backbone
 from convscope.core.checkpoint import RunDirectory
-from convscope.core.config import parse_assignments
+from convscope.core.config import parse_assignments, to_dict
 from convscope.core.data.shard_set import ShardSet, open_shards
 from convscope.core.data.stream import eval_batches
 from convscope.core.data.subset import per_class_subset, read_labels
@@ -81,6 +81,10 @@ class FineTuneCommand:
     optimization: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=default_optimization)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise UserError(f"--label-smoothing must lie between 0 and 1, got {self.label_smoothing}")
+
 
 class Classification(Objective):
     """Cross-entropy of a linear head on the backbone's pooled features."""
@@ -117,7 +121,7 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
     """Run the whole protocol; the result is None on all processes but the main one.
 
     Raises:
-        UserError: what loading, reading or training refuses; train and test are the same images.
+        UserError: what loading, reading or training refuses; train and test are the same shards.
     """
     device = distributed.pick_device(config.train.device)
     with distributed.process_group(device):
@@ -130,13 +134,15 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
         if config.from_scratch:
             backbone = untrained_twin(backbone, config.train.seed)
         if config.size is not None:
-            backbone.preprocessing = replace(backbone.preprocessing, size=(config.size, config.size))
+            backbone = backbone.at_size(config.size)
         record = model_record(backbone)  # before training changes the weights
         shards = open_shards(config.data, config.train_split)
         test = open_shards(config.data, config.test_split)
         if same_samples(shards, test):
-            raise UserError(f"{config.data}: splits {config.train_split} and {config.test_split} hold the same images")
+            raise UserError(f"{config.data}: splits {config.train_split} and {config.test_split} are the same shards")
         labels = read_labels(shards, config.label)
+        if labels.min() < 0:
+            raise UserError(f"label {labels.min()} of {config.data} is negative; labels count from 0")
         indices = None if config.per_class is None else per_class_subset(labels, config.per_class, config.train.seed)
         torch.manual_seed(config.train.seed)
         objective = Classification(backbone, int(labels.max()) + 1, config.label_smoothing)
@@ -176,7 +182,6 @@ def _test(
     if trained.head.out_features > 5:
         figures["top5"] = bootstrap(hits[:, 1], seed=config.train.seed)
     figures["train_images"] = Figure(float(len(data)))
-    preprocessing = trained.backbone.preprocessing
     return EvalResult(
         task="fine-tune",
         protocol=PROTOCOL,
@@ -187,9 +192,9 @@ def _test(
             "test": {"split": config.test_split, "fingerprint": test.fingerprint, "count": len(test)},
             "label": config.label,
         },
-        preprocessing={"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std},
+        preprocessing=asdict(trained.backbone.preprocessing),
         figures=figures,
-        details={"per_class": config.per_class, "epochs": config.train.epochs, "lr": config.optimization.lr},
+        details={"settings": to_dict(config)},
         seed=config.train.seed,
     )
 

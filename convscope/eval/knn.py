@@ -24,6 +24,8 @@ from convscope.eval.common import (
     percent,
     print_table,
     rank_of_truth,
+    require_at_least,
+    require_same_keys,
     same_samples,
     save_frozen,
 )
@@ -44,13 +46,14 @@ class KnnConfig:
     temperature: float = 0.07
     """Of the softmax over similarities that weighs the votes."""
     skip_self: bool = False
-    """Leave one out: test images are the train images. Always so where both splits hold the same images."""
+    """Leave one out: test images are the train images. Always so where both splits are the same shards."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     seed: int = 0
     """Of the intervals."""
 
     def __post_init__(self) -> None:
+        require_at_least(self, 0, "seed")
         if not self.k or min(self.k) < 1:
             raise UserError(f"--k must name numbers of at least 1, got {self.k}")
         if not self.temperature > 0:
@@ -124,8 +127,7 @@ def knn(train: Features, test: Features, config: KnnConfig) -> Knn:
         UserError: labels are missing or do not fit; `skip_self` though the keys differ; fewer than two train images.
     """
     part = labelled(train, test)
-    if config.skip_self and train.keys != test.keys:
-        raise UserError("--skip-self needs test images that are the train images, in the same order")
+    require_same_keys(train, test, config.skip_self)
     available = len(part.train_x) - config.skip_self
     ks = sorted({min(k, available) for k in (HEADLINE, *config.k)})
     headline = min(HEADLINE, available)

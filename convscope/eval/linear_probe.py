@@ -64,6 +64,7 @@ class LinearProbeConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "epochs", "min_steps", "sgd_batch_size")
+        require_at_least(self, 0, "seed")
         if not self.lrs or not self.weight_decays or min(self.lrs) <= 0 or min(self.weight_decays) < 0:
             raise UserError("--lrs must be above 0 and --weight-decays at least 0, one of each or more")
 
@@ -135,10 +136,10 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: Linear
     """Probe every layer; the figures are those of the layer that was best on the held-out train images.
 
     Raises:
-        UserError: what reading, extracting or probing refuses; train and test are the same images.
+        UserError: what reading, extracting or probing refuses; train and test are the same shards.
     """
     if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} hold the same images")
+        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
     both = extract_both(backbone, train, test, config, config.device)
     probes = {layer: linear_probe(*parts, config) for layer, parts in both.items()}
     best = max(probes, key=lambda layer: probes[layer].holdout)

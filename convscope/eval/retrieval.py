@@ -19,6 +19,8 @@ from convscope.eval.common import (
     open_both,
     percent,
     print_table,
+    require_at_least,
+    require_same_keys,
     same_samples,
     save_frozen,
 )
@@ -43,6 +45,7 @@ class RetrievalConfig:
     """Of the intervals."""
 
     def __post_init__(self) -> None:
+        require_at_least(self, 0, "seed")
         if not self.recall_at or min(self.recall_at) < 1:
             raise UserError(f"--recall-at must name numbers of at least 1, got {self.recall_at}")
 
@@ -100,6 +103,7 @@ def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> 
         UserError: labels are missing or do not fit, or the gallery is empty.
     """
     part = labelled(gallery, queries)
+    require_same_keys(gallery, queries, config.skip_self)
     available = len(part.train_x) - config.skip_self
     _, index = neighbours(
         part.train_x, part.test_x, available, device=pick_device(config.device), skip_self=config.skip_self

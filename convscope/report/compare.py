@@ -81,10 +81,11 @@ def _protocol(result: EvalResult) -> dict[str, Any]:
 
 
 def _data(result: EvalResult) -> dict[str, Any]:
-    """Fingerprints where they are recorded: a data set may lie in another place elsewhere."""
+    """All but the place, where there are fingerprints: a data set may lie in another place elsewhere."""
     flat = flatten(result.data)
-    prints = {key: value for key, value in flat.items() if "fingerprint" in key}
-    return prints or flat
+    if any("fingerprint" in key for key in flat):
+        flat.pop("source", None)
+    return flat
 
 
 def _preprocessing(result: EvalResult) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Submission to SLURM and the job that runs there."""
+"""SLURM: a private one on this machine, to try and test submission."""

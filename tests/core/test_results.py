@@ -94,3 +94,8 @@ def test_environment_is_json() -> None:
     stated = json.loads(json.dumps(environment()))
     assert {"versions", "host", "git_commit", "command"} <= stated.keys()
     assert {"torch", "timm", "numpy"} <= stated["versions"].keys()
+
+
+def test_the_environment_is_recorded_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert environment()["git_commit"] is None

@@ -61,7 +61,7 @@ def test_it_learns_what_colour_tells(small_shards: str, tmp_path: Path, capsys: 
 def test_few_labels_of_each_class(small_shards: str, tmp_path: Path) -> None:
     result = fine_tune(command(small_shards, tmp_path / "run", steps=2, per_class=3))
     assert result.figures["train_images"].value == 12
-    assert result.details["per_class"] == 3
+    assert result.details["settings"]["per_class"] == 3
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert "per_class: 3" in config
     with pytest.raises(UserError, match="fewer than 9 per class"):
@@ -119,7 +119,7 @@ def test_more_test_classes_than_the_head_has(small_shards: str) -> None:
 
 
 def test_testing_on_the_training_images_is_refused(small_shards: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="same images"):
+    with pytest.raises(UserError, match="same shards"):
         fine_tune(command(small_shards, tmp_path / "run", test_split="train"))
     assert not (tmp_path / "run").exists()
 

@@ -164,6 +164,14 @@ def test_a_data_set_that_moved_stays_comparable() -> None:
     assert differences([Row("a", result(data=data)), Row("b", result(data={**data, "source": "/new"}))]) == []
 
 
+def test_other_labels_and_other_counts_are_not_comparable() -> None:
+    data = {"source": "/data", "train": {"fingerprint": "f", "count": 100}, "label": "cls"}
+    for changed in ({**data, "label": "shape"}, {**data, "train": {"fingerprint": "f", "count": 10}}):
+        rows = [Row("a", result(data=data)), Row("b", result(data=changed))]
+        assert [row[2] for row in comparison(rows).rows] == ["A", "B"]
+        assert "data differs" in differences(rows)[0]
+
+
 def test_many_figures_become_rows() -> None:
     figures = {f"figure {i}": Figure(float(i)) for i in range(9)}
     table = comparison([Row("a", result(figures=figures)), Row("b", result())])

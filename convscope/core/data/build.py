@@ -147,7 +147,7 @@ def _classes(plan: Mapping[str, Sequence[Item]], own: list[str] | None, dest: Pa
     if not present:
         return None
     path = dest / "classes.json"
-    if path.exists():
+    if path.exists() and any(dest.glob("*/.build.json")):  # else of a build whose splits are all deleted
         known: list[str] = read_json(path)
         origin = f"{path} (built earlier) lacks"
     else:

@@ -12,6 +12,7 @@ import tyro
 from convscope.core.data.decode import DecodeError
 from convscope.core.data.decode import decode as decode_image
 from convscope.core.data.shard_index import index_path, parse_sample, scan, write_index
+from convscope.core.data.shard_writer import listed_shards
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, sha256_file
 from convscope.core.log import progress
@@ -66,7 +67,7 @@ def run(config: CheckConfig) -> None:
     """
     problems = check(Path(config.folder), decode=config.decode)
     for problem in problems:
-        print(problem)
+        print(str(problem).encode("utf-8", "backslashreplace").decode())  # names in old tars may be anything
     if problems:
         raise UserError(f"{config.folder}: {len(problems)} problems, listed above")
     splits = ", ".join(path.name for path in _splits(Path(config.folder)))
@@ -154,7 +155,7 @@ def _check_split(folder: Path, split: Path, classes: list[str] | None, decode: b
 
 def _listed(split: Path) -> dict[str, Mapping[str, Any]] | None:
     path = split / "shards.json"
-    return {row["file"]: row for row in read_json(path)["shards"]} if path.exists() else None
+    return listed_shards(path) if path.exists() else None
 
 
 def _check_shard(path: Path, folder: Path, classes: list[str] | None, decode: bool) -> _ShardReport:

@@ -253,6 +253,8 @@ def _pax_records(data: bytes, offset: int) -> dict[str, str]:
             if key == b"path":
                 records["path"] = value.decode("utf-8", "surrogateescape")
             elif key == b"size":
+                if int(value) < 0:
+                    raise ValueError
                 records["size"] = str(int(value))
             data = data[length:]
     except (ValueError, IndexError) as error:

@@ -21,6 +21,7 @@ from convscope.core.files import read_json, write_bytes
 __all__ = ["Sample", "ShardSet", "label_of", "open_shards"]
 
 MAX_OPEN = 256  # shards kept open in one process; systems allow as few as 1024 files
+PRINTED, PRINTED_BYTES = 16, 65536  # samples of a shard made elsewhere whose first bytes enter its fingerprint
 OPENERS = 16  # shards opened at once; on a network file system each takes milliseconds
 
 
@@ -29,7 +30,8 @@ class ShardSet:
 
     Attributes:
         paths: the shards.
-        fingerprint: changes when names, samples or bytes do.
+        fingerprint: changes when the bytes of the shards do; of shards made elsewhere, when names, sizes, or the bytes
+            of samples spread over each shard do.
         classes: names in label order, if known.
         source: what the user asked for.
         split: the split's name.
@@ -238,6 +240,11 @@ def _fingerprint(paths: Sequence[Path], starts: Sequence[NDArray[np.int64]]) -> 
     for path, offsets in zip(paths, starts):
         digest.update(f"{path.name}:{path.stat().st_size}:{len(offsets)}\n".encode())
         digest.update(offsets.astype("<u8").tobytes())
+        spread = np.linspace(0, len(offsets) - 2, min(PRINTED, len(offsets) - 1)).astype(int)
+        with open(path, "rb") as file:  # samples of equal size leave offsets alone
+            for start, stop in zip(offsets[spread].tolist(), offsets[spread + 1].tolist()):
+                file.seek(start)
+                digest.update(file.read(min(stop - start, PRINTED_BYTES)))
     return digest.hexdigest()
 
 

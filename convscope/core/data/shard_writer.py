@@ -7,11 +7,12 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from convscope.core.data.decode import DecodeError, decode
 from convscope.core.data.shard_index import index_path, write_index
 from convscope.core.data.sources import EncodedImage, Item, Source
+from convscope.core.errors import UserError
 from convscope.core.files import atomic_write, read_json, write_json
 from convscope.core.log import info
 
@@ -55,12 +56,25 @@ def finished(job: ShardJob) -> ShardRecord | None:
     if job.record_path.exists():
         values = read_json(job.record_path)
     elif listed.exists():
-        values = next((row for row in read_json(listed)["shards"] if row["file"] == job.path.name), None)
+        values = listed_shards(listed).get(job.path.name)
     if values is None or not (
         job.path.exists() and index_path(job.path).exists() and job.path.stat().st_size == values["bytes"]
     ):
         return None
     return ShardRecord(**values)
+
+
+def listed_shards(path: Path) -> dict[str, Mapping[str, Any]]:
+    """The rows of a shards.json by file name.
+
+    Raises:
+        UserError: it is not what a build writes.
+    """
+    names = ("file", "samples", "bytes", "sha256")
+    try:
+        return {row["file"]: {name: row[name] for name in names} for row in read_json(path)["shards"]}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not what shards build writes: {error!r}") from error
 
 
 def write_shard(source: Source, job: ShardJob, resize: int | None) -> ShardRecord:
@@ -97,7 +111,8 @@ def _members(item: Item, image: EncodedImage, label_of: Mapping[str, int]) -> It
         yield "cls", str(label_of[item.label]).encode()
     if item.caption is not None:
         yield "txt", item.caption.encode()
-    yield "json", json.dumps({"file": item.name, **item.fields}, ensure_ascii=False, default=str).encode()
+    fields = json.dumps({"file": item.name, **item.fields}, ensure_ascii=False, default=str)
+    yield "json", fields.encode("utf-8", "backslashreplace")  # names on disk may be no UTF-8
 
 
 def _resized(image: EncodedImage, short_side: int) -> EncodedImage:

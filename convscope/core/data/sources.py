@@ -113,7 +113,12 @@ class FolderSource:
         return arrange(self._files(), str(self.root))
 
     def _files(self) -> Iterator[tuple[str, int]]:
-        for folder, folders, names in os.walk(self.root, followlinks=True):  # class folders are often links
+        walked: set[tuple[int, int]] = set()
+        for folder, folders, names in os.walk(self.root, onerror=_refuse, followlinks=True):  # classes are often links
+            status = os.stat(folder)
+            if (place := (status.st_dev, status.st_ino)) in walked:
+                raise UserError(f"{folder} is a link to a folder that is there already; images would be packed twice")
+            walked.add(place)
             folders[:] = [name for name in folders if not _is_hidden([name])]
             for name in names:
                 path = Path(folder, name)
@@ -194,6 +199,8 @@ def arrange(files: Iterable[tuple[str, int]], where: str) -> Listing:
     while len({parts[0] for parts, _ in images}) == 1 and len(images[0][0]) > 1 and not _are_splits(images):
         images = [(parts[1:], item) for parts, item in images]
     split_depth = 1 if _are_splits(images) else 0
+    if not split_depth:
+        _require_splits_or_classes(images, where)
     splits: dict[str, list[Item]] = {}
     for parts, item in images:
         label = parts[split_depth] if len(parts) > split_depth + 1 else None
@@ -215,8 +222,23 @@ def read_file(path: Path) -> EncodedImage:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
+
 def _are_splits(images: list[tuple[tuple[str, ...], Item]]) -> bool:
     return all(len(parts) > 1 and parts[0].lower() in SPLIT_FOLDERS for parts, _ in images)
+
+
+def _require_splits_or_classes(images: list[tuple[tuple[str, ...], Item]], where: str) -> None:
+    """Refuse class folders below train and test where another folder stands beside these."""
+    first = {parts[0] for parts, _ in images if len(parts) > 2}
+    splits = sorted(name for name in first if name.lower() in SPLIT_FOLDERS)
+    others = sorted({parts[0] for parts, _ in images} - set(splits))
+    if splits and others:
+        raise UserError(
+            f"{where}: {', '.join(splits)} look like splits, but {others[0]} stands beside them; move it away"
+        )
 
 
 def _require_all_or_no_labels(items: list[Item], where: str) -> None:

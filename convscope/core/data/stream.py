@@ -30,7 +30,7 @@ Batch = dict[str, Any]
 Indices = NDArray[np.int64] | Sequence[int]
 
 MAX_IN_A_ROW = 100  # samples that may fail one after the other before a substitute is found
-SLACK = 1000  # samples by which the count of skipped ones may run ahead of its share: they come in random order
+MARGIN = 5.0  # standard deviations by which the count of skipped samples may exceed its share: they come at random
 PARENT_CHECK = 0.5  # seconds between two looks of a worker at whether its parent lives
 
 
@@ -112,7 +112,8 @@ def _limit_skipped(batches: Generator[Batch, None, None], limit: float, source: 
         for batch in batches:
             seen += len(batch["image"])
             skipped += len(batch["skipped"])
-            if skipped > limit * (seen + SLACK):
+            allowed = limit * seen
+            if skipped > allowed + MARGIN * max(allowed, float(limit > 0)) ** 0.5:
                 key, cause = batch["skipped"][-1]
                 raise UserError(
                     f"{skipped} of {seen} samples of {source} could not be decoded, more than the allowed share "

@@ -22,8 +22,12 @@ def eval_transform(p: Preprocessing) -> Transform:
     if not 0 < p.crop_pct <= 1:
         raise UserError(f"crop_pct must lie between 0 and 1, got {p.crop_pct}")
     height, width = (math.floor(side / p.crop_pct) for side in p.size)
+    if p.crop_mode not in ("center", "squash"):
+        raise UserError(f"crop_mode {p.crop_mode!r} is not supported; known: center, squash")
     resize: Any
-    if height == width:
+    if p.crop_mode == "squash":
+        resize = v2.Resize((height, width), interpolation=interpolation_mode(p.interpolation))
+    elif height == width:
         resize = v2.Resize(height, interpolation=interpolation_mode(p.interpolation))
     else:
         interpolation_mode(p.interpolation)

@@ -66,6 +66,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
 
     def total_steps(self, dataset_size: int) -> int:
         """Optimizer steps in the whole run."""

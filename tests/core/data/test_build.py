@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import os
 import resource
+import shutil
 import tarfile
 import zlib
 from dataclasses import replace
@@ -317,3 +319,18 @@ def test_caption_table_becomes_text_members(tmp_path, capsys):
     assert json.loads(first["json"]) == {"file": "img/000.jpg", "year": "1999"}
     assert "cls" not in first
     assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_names_that_are_no_utf8_are_packed(tmp_path):
+    root = make_source(tmp_path / "s", {"": 1})
+    (root / "000.jpg").rename(os.fsdecode(os.fsencode(root) + b"/caf\xe9.jpg"))
+    run(BuildConfig(source=str(root), dest=str(tmp_path / "d")))
+    (sample,) = read_split(tmp_path / "d", "train")
+    assert json.loads(sample["json"])["file"] == "caf\udce9.jpg"  # as the operating system gives it
+
+
+def test_classes_of_a_deleted_build_do_not_count(tmp_path):
+    run(BuildConfig(source=str(make_source(tmp_path / "s", {"a": 2, "b": 2})), dest=str(tmp_path / "d")))
+    shutil.rmtree(tmp_path / "d" / "train")
+    run(BuildConfig(source=str(make_source(tmp_path / "other", {"x": 2, "y": 2})), dest=str(tmp_path / "d")))
+    assert json.loads((tmp_path / "d" / "classes.json").read_text()) == ["x", "y"]

@@ -181,7 +181,9 @@ def test_not_a_tar(tmp_path, data):
     assert "not a tar" in scan(path)[1]
 
 
-@pytest.mark.parametrize("record", [b"0 path=a\n", b"x path=a\n", b"12 size=ten\n", b"9 path", b"-3 path=a\n"])
+@pytest.mark.parametrize(
+    "record", [b"0 path=a\n", b"x path=a\n", b"12 size=ten\n", b"9 path", b"-3 path=a\n", b"14 size=-1536\n"]
+)
 def test_bad_extended_header(tmp_path, record):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:

@@ -103,6 +103,15 @@ def test_fingerprint_follows_the_data(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_fingerprint_follows_pixels_that_leave_sizes_alone(tmp_path):
+    prints = []
+    for name, value in (("one", 1), ("other", 2)):
+        members = [(f"{i:04d}.ppm", b"P6 4 4 255\n" + bytes([value] * 48)) for i in range(40)]
+        write_tar(tmp_path / name / "train" / "000000.tar", members)
+        prints.append(open_shards(str(tmp_path / name), "train").fingerprint)
+    assert prints[0] != prints[1]
+
+
 def test_embedded_shapes():
     shards = open_shards("builtin:shapes", "test")
     assert len(shards) == 2000

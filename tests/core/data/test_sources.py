@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convscope.core.data.sources import Columns, open_source
+from convscope.core.data.sources import Columns, FolderSource, open_source
 from convscope.core.errors import UserError
 
 
@@ -209,3 +209,19 @@ def test_torchvision_files_keep_their_bytes(tmp_path):
 def test_unusable_torchvision_set_is_told(tmp_path, name, split, message):
     with pytest.raises(UserError, match=message):
         open_source(f"torchvision:{name}", split=split, data_root=tmp_path)
+
+
+def test_other_folders_beside_splits_are_refused(tmp_path):
+    for name in ("train/cat/a.jpg", "test/cat/b.jpg", "docs/figure.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="test, train look like splits, but docs stands beside them"):
+        FolderSource(tmp_path).listing()
+
+
+def test_a_link_to_a_folder_above_is_refused(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "again").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is a link to a folder that is there already"):
+        FolderSource(tmp_path).listing()

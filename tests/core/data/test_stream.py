@@ -188,27 +188,28 @@ def test_corrupt_samples_are_replaced_by_the_next_position(damaged, workers, wor
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_corrupt_samples_stop_the_run(damaged, workers):
-    """Four of forty: with 1e-3 allowed, the second one is too many."""
+    """Four of forty: with 1e-3 allowed, the sixth one is too many; here it comes with a seventh."""
     before = children()
     batches = train_batches(damaged, PIXELS, batch_size=1, seed=0, stop=1000, workers=workers)
     told = []
-    with pytest.raises(UserError, match=r"2 of \d+ samples of .* \(no image format.*--max-skipped") as caught:
+    with pytest.raises(UserError, match=r"7 of \d+ samples of .* \(no image format.*--max-skipped") as caught:
         told.extend(key for batch in batches for key, _ in batch["skipped"])
-    assert len(told) == 1
+    assert len(told) == 5
     assert "\n" not in str(caught.value)
     assert children() == before
 
 
 def test_share_of_corrupt_samples_is_that_of_all_seen(tmp_path):
-    shards = open_shards(str(write_split(tmp_path / "train", [1000], corrupt=[5])), "train")
-    for limit, enough in ((0.001, True), (0.0009, False)):
+    shards = open_shards(str(write_split(tmp_path / "train", [1000], corrupt=range(0, 1000, 50))), "train")
+    for limit, enough in ((0.02, True), (0.01, False)):
         batches = train_batches(shards, PIXELS, batch_size=500, seed=0, stop=10_000, max_skipped=limit)
         if enough:
-            assert sum(len(batch["skipped"]) for batch in batches) == 10
+            skipped = sum(len(batch["skipped"]) for batch in batches)
+            assert 200 <= skipped < 210  # a substitute may be corrupt too
         else:
-            with pytest.raises(UserError, match=r"allowed share 0\.0009"):
+            with pytest.raises(UserError, match=r"allowed share 0\.01;"):
                 list(batches)
-    with pytest.raises(UserError, match="1 of "):
+    with pytest.raises(UserError, match=r"\d+ of "):
         list(train_batches(shards, PIXELS, batch_size=500, seed=0, stop=1000, max_skipped=0.0))
 
 

@@ -19,6 +19,8 @@ SETTINGS = [
     Preprocessing(size=(256, 256), crop_pct=0.95),
     Preprocessing(size=(240, 240), crop_pct=0.9, interpolation="lanczos"),
     Preprocessing(size=(60, 90), crop_pct=0.8),
+    Preprocessing(size=(80, 80), crop_pct=0.9, crop_mode="squash"),
+    Preprocessing(size=(80, 64), crop_pct=1.0, crop_mode="squash", interpolation="bilinear"),
     Preprocessing(size=(90, 60), crop_pct=1.0, interpolation="bilinear"),
 ]
 
@@ -30,6 +32,7 @@ def test_evaluation_equals_timm(p, size):
         "is_training": False,
         "interpolation": p.interpolation,
         "crop_pct": p.crop_pct,
+        "crop_mode": p.crop_mode,
         "mean": p.mean,
         "std": p.std,
     }
@@ -110,3 +113,5 @@ def test_bad_settings_are_told():
             eval_transform(Preprocessing(size=size, interpolation="cubic"))
     with pytest.raises(UserError, match="crop_pct"):
         eval_transform(Preprocessing(size=(32, 32), crop_pct=0.0))
+    with pytest.raises(UserError, match="crop_mode 'border' is not supported"):
+        eval_transform(Preprocessing(size=(32, 32), crop_mode="border"))
