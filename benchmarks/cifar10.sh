@@ -18,7 +18,7 @@ evaluate() { # NAME MODEL [FLAGS]
   done
 }
 
-[ -d "$out/shards" ] || convscope shards build "$images" "$out/shards"
+convscope shards build "$images" "$out/shards"
 for epochs in "$@"; do
   start=$(date +%s)
   convscope pretrain spark --preset small-images --data "$out/shards" --output-dir "$out/spark-$epochs" --epochs "$epochs"

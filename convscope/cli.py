@@ -57,6 +57,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
 }
 
 
+BUDGETS = ("--epochs", "--steps", "--samples")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `convscope ARGV`; exits with 2 and one line on a mistake the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -139,7 +142,9 @@ def _run(command: Command, words: list[str], arguments: list[str]) -> None:
     arguments, saved = _take_option(arguments, "--config")
     arguments, preset = _take_option(arguments, "--preset")
     if preset is not None:
-        arguments = _preset_flags(module, preset, arguments) + arguments
+        arguments = _preset_flags(module, preset, arguments) + _other_budgets_off(arguments)
+    elif saved is not None:
+        arguments = _other_budgets_off(arguments)
     config = _parse(config_class, arguments, f"convscope {' '.join(words)}", saved)
     getattr(module, command.run)(config)
 
@@ -154,6 +159,12 @@ def _take_option(arguments: list[str], flag: str) -> tuple[list[str], str | None
                 raise UserError(f"{flag} needs a value")
             return arguments[:i] + arguments[i + 2 :], arguments[i + 1]
     return arguments, None
+
+
+def _other_budgets_off(arguments: list[str]) -> list[str]:
+    """A budget given as a flag takes the place of a preset's or a saved one, of whatever kind that is."""
+    given = {budget for budget in BUDGETS for argument in arguments if argument.split("=")[0] == budget}
+    return [word for other in BUDGETS if given and other not in given for word in (other, "None")] + arguments
 
 
 def _preset_flags(module: Any, name: str, arguments: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ import yaml
 from convscope.cli import COMMANDS, main
 from convscope.core.config import load_yaml
 from convscope.ssl.pretrain import presets
-from tests.core.training.small_run import FLAGS, make_images
+from tests.core.training.small_run import FLAGS, make_images, metrics
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_corrupt_image_is_skipped_counted_and_named(
     content = bytearray(shard.read_bytes())
     content[600:700] = bytes(100)  # inside the first image
     shard.write_bytes(content)
-    main(spark(copy, tmp_path / "run", "--steps", "3"))
+    main(spark(copy, tmp_path / "run", "--steps", "3", "--picture-every", "2"))  # the picture wants the first image too
     assert "warning: skipped sample 00000000" in capsys.readouterr().err
     assert '"skipped": 1' in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"key": "00000000"' in (tmp_path / "run" / "skipped.jsonl").read_text()
@@ -171,6 +171,28 @@ def test_a_damaged_checkpoint_of_a_run(fails: Callable[..., str], data: Path, ru
     assert str(checkpoint) in said
     (copy / "backbone.safetensors").unlink()  # a run that has not ended has none
     assert str(checkpoint) in fails("eval", "knn", str(copy), "--data", str(data), "--no-cache")
+
+
+def test_a_start_that_failed_does_not_block_its_folder(fails: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    assert "divisible" in fails(*spark(data, tmp_path / "run", "--accumulate", "3"))
+    main(spark(data, tmp_path / "run", "--accumulate", "2"))
+
+
+def test_a_budget_takes_the_place_of_a_saved_one(data: Path, run_dir: Path, tmp_path: Path) -> None:
+    words = ["--config", str(run_dir / "config.yaml"), "--output-dir", str(tmp_path / "run"), "--samples", "24"]
+    main(["pretrain", "spark", *words])
+    train = load_yaml(tmp_path / "run" / "config.yaml")["train"]
+    assert (train["samples"], train["steps"], train["epochs"]) == (24, None, None)
+
+
+def test_a_warm_up_that_does_not_fit_is_shortened(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(spark(data, tmp_path / "run", "--warmup-epochs", "40", "--steps", "20", "--log-every", "1"))
+    assert "note: a warm-up of 40 epochs does not fit: shortened to 2 steps" in capsys.readouterr().err
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    assert rates.index(max(rates)) == 2
+    assert rates[-1] == pytest.approx(0.001 * max(rates))
 
 
 def test_a_network_that_cannot_be_masked(fails: Callable[..., str], data: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def create_backbone(
             model = timm.create_model(arch, pretrained=pretrained, num_classes=0, **arguments)
         except OSError as error:
             raise UserError(f"cannot fetch the weights of {arch}: {_first_line(error)}") from error
-        except (TypeError, ValueError, RuntimeError, AssertionError, IndexError) as error:
+        except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError) as error:
             raise UserError(f"cannot build {arch} with {arguments}: {_first_line(error)}") from error
     source = f"timm:{arch}" if pretrained else f"timm:{arch}@random" + (f"={seed}" if seed else "")
     preprocessing = preprocessing_of(model, arguments)

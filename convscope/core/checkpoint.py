@@ -16,12 +16,13 @@ import torch
 from convscope.core.config import load_yaml, save_yaml, to_dict
 from convscope.core.errors import UserError
 from convscope.core.files import atomic_write, write_bytes, write_json
+from convscope.core.log import info
 
 
 class RunDirectory:
     """The files of one run (docs/design.md); use it as a context manager to hold its lock.
 
-    Only the process with `main=True` writes; the others read the same checkpoint.
+    Only the process with `main=True` writes, but for skipped.jsonl; the others read the same checkpoint.
     """
 
     def __init__(self, path: Path, *, main: bool = True) -> None:
@@ -40,12 +41,16 @@ class RunDirectory:
             raise UserError(f"cannot write to run directory {self.path}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
-        except OSError:
+        except BlockingIOError:
             holder = (self.path / ".lock").read_text().strip()
             os.close(self._lock)
             raise UserError(
                 f"another run is writing to {self.path} ({holder}); wait for it or choose another --output-dir"
             ) from None
+        except OSError as error:
+            info(f"warning: {self.path} cannot be locked ({error.strerror}); see that no other run writes to it")
+        for left in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):  # by a kill in the middle of a write
+            left.unlink(missing_ok=True)
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         return self
@@ -58,7 +63,7 @@ class RunDirectory:
             self._lock = None
 
     def claim(self, config: Any, changeable: frozenset[str] = frozenset()) -> None:
-        """Write config.yaml, or check that the run that is here was started with the same settings.
+        """Write config.yaml; where there is a checkpoint, check that it was trained with the same settings.
 
         Args:
             config: the resolved settings, a dataclass.
@@ -70,7 +75,7 @@ class RunDirectory:
         if not self.main:
             return
         file = self.path / "config.yaml"
-        if file.exists():
+        if file.exists() and self.latest() is not None:
             before, now = _flatten(load_yaml(file)), _flatten(to_dict(config))
             differing = sorted(
                 key
@@ -108,7 +113,9 @@ class RunDirectory:
             except RuntimeError as error:  # how torch reports a full disk
                 raise UserError(f"cannot write {file}: {str(error).splitlines()[0]}; is the disk full?") from error
         write_bytes(folder / "latest", f"{file.name}\n".encode())
-        for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+        others = [other for other in sorted(folder.glob("step-*.pt")) if other != file]
+        earlier = [other for other in others if other.name < file.name]
+        for old in set(others) - set(earlier[len(earlier) - keep + 1 :]):  # later ones are of a run that was set back
             old.unlink(missing_ok=True)
         return file
 
@@ -130,7 +137,7 @@ class RunDirectory:
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`: they are about to be computed again."""
         file = self.path / "metrics.jsonl"
-        if not file.exists():
+        if not self.main or not file.exists():
             return
         kept = []
         for line in file.read_text().splitlines():
@@ -141,12 +148,16 @@ class RunDirectory:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run directory, or None."""
-    try:
-        file = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-    except OSError:
-        return None
-    return file if file.is_file() else None
+    """The newest complete checkpoint of a run directory, or None.
+
+    It is the one that `latest` names; where that is gone, the newest there is, for a checkpoint is whole or absent.
+    """
+    folder = run / "checkpoints"
+    with suppress(OSError):
+        file = folder / (folder / "latest").read_text().strip()
+        if file.is_file():
+            return file
+    return max(folder.glob("step-*.pt"), default=None)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def pick_device(name: str = "auto") -> torch.device:
         UserError: a CUDA device was named and there is none.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and torch.cuda.is_available():
+        name = "auto"  # under a launcher each process has its own
     if name == "auto":
         name = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,10 +1,14 @@
 """Reconstruction pictures while a masked objective trains."""
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 
+from convscope.core.data.decode import DecodeError, decode
 from convscope.core.data.shard_set import ShardSet
 from convscope.core.data.stream import Transform, eval_batches
+from convscope.core.errors import UserError
 from convscope.core.training.config import Hook, LoopState, TrainData
 from convscope.plots.reconstruction import draw_reconstruction
 from convscope.ssl.objectives.spark import Spark
@@ -40,11 +44,20 @@ class ReconstructionPictures(Hook):
         picture.save(state.run.path / "pictures" / f"step-{state.step:08d}.png")
 
 
+def _readable(shards: ShardSet, index: int) -> int:
+    """The first sample from `index` on that can be decoded; the run counts and names the others."""
+    for candidate in range(index, index + len(shards)):
+        with suppress(DecodeError):
+            decode(shards[candidate % len(shards)])
+            return candidate % len(shards)
+    raise UserError(f"no sample of {shards.source} can be decoded")
+
+
 def reconstruct_samples(
     objective: Spark, shards: ShardSet, transform: Transform, state: LoopState
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Original, masked and painted images, each uint8 (N, H, W, 3), of a fixed choice of images and masks."""
-    indices = np.linspace(0, len(shards) - 1, IMAGES).astype(np.int64)
+    indices = [_readable(shards, int(index)) for index in np.linspace(0, len(shards) - 1, IMAGES)]
     batch = next(iter(eval_batches(shards, transform, batch_size=IMAGES, label=None, indices=indices)))
     was_training = objective.training
     objective.eval()  # BatchNorm statistics must not see these images

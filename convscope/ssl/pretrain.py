@@ -1,6 +1,7 @@
 """`convscope pretrain OBJECTIVE`: a backbone, shards and an objective in, a run directory out."""
 
 import fnmatch
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -89,11 +90,12 @@ class SparkCommand(PretrainCommand):
 def run(config: PretrainCommand) -> None:
     """Pretrain, or continue, and export the encoder."""
     pretrain(config)
-    print(config.output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        print(config.output_dir)
 
 
-def pretrain(config: PretrainCommand) -> Backbone:
-    """Run `config` to the end of its budget and return the trained backbone.
+def pretrain(config: PretrainCommand) -> None:
+    """Run `config` to the end of its budget and export the trained encoder.
 
     Raises:
         UserError: see `core.training.loop.train`; also a directory that holds or is used by another run.
@@ -122,7 +124,6 @@ def pretrain(config: PretrainCommand) -> Backbone:
             trained = train(objective, data, config.train, config.optimization, run_dir, hooks)
             if main:
                 save_backbone(config.output_dir / "backbone.safetensors", trained.backbone)
-    return trained.backbone
 
 
 def _hooks(config: PretrainCommand, data: TrainData) -> list[Hook]:

@@ -280,7 +280,7 @@ def test_evaluate_takes_a_backbone_in_hand_and_refuses_one_split_twice(small_sha
     train, test = open_shards(small_shards, "train"), open_shards(small_shards, "test")
     result = evaluate(backbone, train, test, command(small_shards))
     assert result.model["weights_hash"] == backbone.weights_hash()
-    with pytest.raises(UserError, match="hold the same images"):
+    with pytest.raises(UserError, match="are the same shards"):
         evaluate(backbone, train, open_shards(small_shards, "train"), command(small_shards))
 
 

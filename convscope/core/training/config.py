@@ -66,6 +66,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if self.checkpoint_every is not None and self.checkpoint_every <= 0:
+            raise UserError(f"--checkpoint-every must be positive, got {self.checkpoint_every}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--ema-decay must lie between 0 and 1, got {self.ema_decay}")
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")

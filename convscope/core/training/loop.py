@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from convscope.core import distributed
+from convscope.core.backbone import Backbone
 from convscope.core.checkpoint import RunDirectory, load_checkpoint
 from convscope.core.data.stream import train_batches
 from convscope.core.errors import UserError
@@ -72,14 +73,14 @@ class _Trainer:
         self.total_steps = config.total_steps(len(data))
         self.micro_batch = _micro_batch(config)
         if config.grad_checkpointing:
-            objective.backbone.model.set_grad_checkpointing(True)
+            _checkpoint_activations(objective.backbone)
         objective.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         distributed.sync_batchnorm(objective, device)
         self.objective = objective
         self.normalize = data.normalize.to(device)
         self.ema = ModelEmaV3(objective, decay=config.ema_decay) if config.ema_decay else None
         self.optimizer = build_optimizer(objective, optimization, config.batch_size)
-        warmup_steps = round(optimization.warmup_epochs * len(data) / config.batch_size)
+        warmup_steps = _warmup_steps(optimization, config, len(data))
         self.schedule = Schedule(self.optimizer, optimization, steps=self.total_steps, warmup_steps=warmup_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.clip = optimization.clip
@@ -152,7 +153,7 @@ class _Trainer:
         inputs["image"] = self.normalize(inputs["image"]).contiguous(memory_format=torch.channels_last)
         self._report_skipped(batch.get("skipped", ()))
         dtype = PRECISIONS[self.config.precision]
-        unsynced = contextlib.nullcontext() if last or self.model is self.objective else self.model.no_sync()  # type: ignore[operator]
+        unsynced = contextlib.nullcontext() if last or distributed.world() == 1 else self.model.no_sync()  # type: ignore[operator]
         with unsynced:
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 output = self.model(inputs)
@@ -206,6 +207,7 @@ class _Trainer:
         self._finite_means()
         if not all(bool(p.isfinite().all()) for p in self.objective.parameters()):  # the loss will be, a step later
             raise self._diverged("a weight is infinite or NaN")
+        windows = distributed.gather(self.window.state())
         if distributed.is_main():
             state = {
                 "step": self.step,
@@ -215,7 +217,7 @@ class _Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema is not None else None,
-                "window": self.window.state(),
+                "windows": windows,  # one for each process
             }
             self.run.save(self.step, state, keep=self.config.keep_checkpoints)
         distributed.barrier()
@@ -237,7 +239,7 @@ class _Trainer:
             self.scaler.load_state_dict(state["scaler"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"])
-            self.window.load(state["window"])
+            self.window.load(state["windows"], distributed.rank(), distributed.world())
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"{path} does not fit this run: {str(error).splitlines()[0]}") from error
         self.run.rewind_metrics(state["step"])
@@ -263,6 +265,23 @@ class _Trainer:
         )
         if self.step:
             info(f"continuing at step {self.step} of {self.total_steps}")
+
+
+def _checkpoint_activations(backbone: Backbone) -> None:
+    try:
+        backbone.model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:  # timm's ways to refuse
+        raise UserError(f"{backbone.arch} has no gradient checkpointing; leave --grad-checkpointing out") from error
+
+
+def _warmup_steps(optimization: OptimizerConfig, config: TrainConfig, images: int) -> int:
+    """Steps of the warm-up; one that would take the whole run is cut to a tenth of it, which is said."""
+    steps, total = round(optimization.warmup_epochs * images / config.batch_size), config.total_steps(images)
+    if steps < total or total == 1:
+        return steps
+    if distributed.is_main():
+        info(f"note: a warm-up of {optimization.warmup_epochs:g} epochs does not fit: shortened to {total // 10} steps")
+    return total // 10
 
 
 def _micro_batch(config: TrainConfig) -> int:

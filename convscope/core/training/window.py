@@ -1,6 +1,6 @@
 """Means of the loss and metrics between two logged lines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,11 @@ class Window:
         """What a checkpoint keeps, so that a resumed run logs the same means."""
         return {"sums": {k: float(v) for k, v in self._sums.items()}, "count": self._count, "skipped": self.skipped}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+    def load(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
+        """Restore what `state` returned in each process; with another number of them, rank 0 takes over the count."""
+        if len(states) != world:
+            states = [{"sums": {}, "count": 0, "skipped": sum(one["skipped"] for one in states)}]
+            states += [{"sums": {}, "count": 0, "skipped": 0}] * (world - 1)
+        state = states[rank]
         self._sums = {k: torch.tensor(v, dtype=torch.float64, device=self.device) for k, v in state["sums"].items()}
         self._count, self.skipped = state["count"], state["skipped"]
