@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         _dispatch(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
     except UserError as error:
         if debug:
             raise
