@@ -81,7 +81,8 @@ def test_a_directory_can_be_used_again(short_dir: Path) -> None:
 
 @pytest.mark.slurm
 def test_a_start_that_fails_is_one_line_and_leaves_no_process(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devcluster, "START_TIMEOUT", 0.0)
+    monkeypatch.setattr(devcluster, "START_TIMEOUT", 3.0)
+    monkeypatch.setattr(devcluster, "CONFIG", devcluster.CONFIG.replace("/munge/socket", "/munge/elsewhere"))
     with pytest.raises(UserError, match=f"did not start in {short_dir} .* logs are in {short_dir}/log$"):
         devcluster.up(short_dir)
     assert _processes_below(short_dir) == []
