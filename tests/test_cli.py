@@ -209,7 +209,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     said = fails(*spark(data, tmp_path / "run", *wild))
     assert "the loss is" in said or "a weight is" in said
     assert "try a lower --lr" in said
-    for file in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+    kept = list((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    assert kept  # of the warm-up
+    for file in kept:
         assert all(weight.isfinite().all() for weight in torch.load(file, weights_only=True)["model"].values())
     assert not (tmp_path / "run" / "backbone.safetensors").exists()
 

@@ -115,7 +115,9 @@ class RunDirectory:
         write_bytes(folder / "latest", f"{file.name}\n".encode())
         others = [other for other in sorted(folder.glob("step-*.pt")) if other != file]
         earlier = [other for other in others if other.name < file.name]
-        for old in set(others) - set(earlier[len(earlier) - keep + 1 :]):  # later ones are of a run that was set back
+        for old in set(others) - set(
+            earlier[max(0, len(earlier) - keep + 1) :]
+        ):  # later ones are of a run that was set back
             old.unlink(missing_ok=True)
         return file
 

@@ -62,6 +62,19 @@ class FrozenFeatures:
         require_at_least(self, 0, "workers")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """How any evaluation of features runs."""
+
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    seed: int = 0
+    """Of the intervals, and of whatever else is drawn."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "seed")
+
+
 @dataclass(frozen=True)
 class Labelled:
     """Train and test features of one layer with labels 0 ... C-1; class i is the i-th label of the train part."""
@@ -167,6 +180,15 @@ def extract_both(
     of_train = features(train)
     of_test = of_train if same_samples(train, test) else features(test)
     return {name: (of_train[name], of_test[name]) for name in of_train}
+
+
+def figures_by_layer(by_layer: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
+    """All figures under one another's names; with several layers, each name starts with its layer."""
+    return {
+        name if len(by_layer) == 1 else f"{layer} {name}": figure
+        for layer, figures in by_layer.items()
+        for name, figure in figures.items()
+    }
 
 
 def frozen_result(

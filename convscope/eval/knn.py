@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
@@ -18,42 +17,37 @@ from convscope.eval.common import (
     FrozenFeatures,
     accuracies,
     extract_both,
+    figures_by_layer,
     frozen_result,
     labelled,
     open_both,
     percent,
     print_table,
     rank_of_truth,
-    require_at_least,
     require_same_keys,
     same_samples,
     save_frozen,
 )
 from convscope.eval.features import Features
+from convscope.eval.neighbours import NeighbourSettings, neighbours
 
 TASK = "knn"
 PROTOCOL = "dino-vote/1"
 HEADLINE = 20  # the k that is reported first, fixed beforehand: the best k of a table is chosen on the test set
-SIMILARITIES = 2**27  # held at a time
+SCORES = 2**27  # held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig:
+class KnnConfig(NeighbourSettings):
     """How neighbours vote."""
 
     k: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours; each is reported, and 20 always, because that is the headline."""
     temperature: float = 0.07
     """Of the softmax over similarities that weighs the votes."""
-    skip_self: bool = False
-    """Leave one out: test images are the train images. Always so where both splits are the same shards."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-    seed: int = 0
-    """Of the intervals."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "seed")
+        NeighbourSettings.__post_init__(self)
         if not self.k or min(self.k) < 1:
             raise UserError(f"--k must name numbers of at least 1, got {self.k}")
         if not self.temperature > 0:
@@ -109,11 +103,7 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: KnnCom
         config = dataclasses.replace(config, skip_self=True)
     both = extract_both(backbone, train, test, config, config.device)
     votes = {layer: knn(*parts, config) for layer, parts in both.items()}
-    figures = {
-        name if len(votes) == 1 else f"{layer} {name}": figure
-        for layer, vote in votes.items()
-        for name, figure in vote.figures.items()
-    }
+    figures = figures_by_layer({layer: vote.figures for layer, vote in votes.items()})
     details = {"layers": {layer: vote.details for layer, vote in votes.items()}}
     return frozen_result(
         backbone, train, test, config, task=TASK, protocol=PROTOCOL, figures=figures, details=details, seed=config.seed
@@ -147,50 +137,6 @@ def knn(train: Features, test: Features, config: KnnConfig) -> Knn:
     return Knn(by_k, headline, details)
 
 
-def neighbours(
-    train_x: Tensor, test_x: Tensor, k: int, *, device: torch.device, skip_self: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The k most similar train rows of each test row by cosine, exactly: similarity and index (Q, k), best first.
-
-    Args:
-        train_x: (N, D).
-        test_x: (Q, D).
-        k: at most N, and at most N - 1 with `skip_self`.
-        device: faiss searches on the CPU, torch elsewhere.
-        skip_self: test row i is train row i and does not count among its own neighbours.
-    """
-    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
-    if device.type == "cpu" and (searched := search_faiss(train_x, test_x, k + skip_self)) is not None:
-        similarity, index = searched
-    else:
-        similarity, index = search_torch(train_x, test_x, k + skip_self, device)
-    if not skip_self:
-        return similarity, index
-    drop = index == torch.arange(len(index))[:, None]
-    drop[~drop.any(1), -1] = True  # among more than k copies of an image it may be missing itself
-    return similarity[~drop].view(-1, k), index[~drop].view(-1, k)
-
-
-def search_faiss(train_x: Tensor, test_x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """Largest inner products by exhaustive search, (Q, k) each; `None` where faiss is not installed."""
-    try:
-        import faiss
-    except ImportError:
-        return None
-    index = faiss.IndexFlatIP(train_x.shape[1])
-    index.add(train_x.numpy())
-    similarity, found = index.search(test_x.numpy(), k)
-    return torch.from_numpy(similarity), torch.from_numpy(found)
-
-
-def search_torch(train_x: Tensor, test_x: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Largest inner products, (Q, k) each, some rows at a time on `device`."""
-    train_x = train_x.to(device).T
-    rows = max(1, SIMILARITIES // train_x.shape[1])
-    best = [(part.to(device) @ train_x).topk(k, dim=1) for part in torch.split(test_x, rows)]
-    return torch.cat([found.values.cpu() for found in best]), torch.cat([found.indices.cpu() for found in best])
-
-
 def vote_ranks(
     similarity: Tensor, labels: Tensor, y: Tensor, classes: int, ks: Sequence[int], temperature: float
 ) -> dict[int, Tensor]:
@@ -207,7 +153,7 @@ def vote_ranks(
         temperature: of the softmax.
     """
     ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
-    rows = max(1, SIMILARITIES // classes)
+    rows = max(1, SCORES // classes)
     parts = zip(*(torch.split(values, rows) for values in (similarity, labels, y)))
     for near, label, truth in parts:
         # In float32, where softmax subtracts the maximum; a far neighbour's vote is small but never nothing.

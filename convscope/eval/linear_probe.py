@@ -15,6 +15,7 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.results import EvalResult, Figure
 from convscope.eval.common import (
+    EvalSettings,
     FrozenFeatures,
     Labelled,
     accuracies,
@@ -42,7 +43,7 @@ Setting = tuple[float, float]  # learning rate, weight decay
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbeConfig:
+class LinearProbeConfig(EvalSettings):
     """How the heads are trained; every pair of a learning rate and a weight decay is one head."""
 
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -57,14 +58,10 @@ class LinearProbeConfig:
     """Features a step."""
     refit: bool = True
     """Train the chosen setting again on all train images, the held-out ones too."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-    seed: int = 0
-    """Of the held-out part, the order of the samples and the intervals."""
 
     def __post_init__(self) -> None:
+        EvalSettings.__post_init__(self)
         require_at_least(self, 1, "epochs", "min_steps", "sgd_batch_size")
-        require_at_least(self, 0, "seed")
         if not self.lrs or not self.weight_decays or min(self.lrs) <= 0 or min(self.weight_decays) < 0:
             raise UserError("--lrs must be above 0 and --weight-decays at least 0, one of each or more")
 

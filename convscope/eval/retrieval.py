@@ -14,38 +14,32 @@ from convscope.core.results import EvalResult, Figure, bootstrap
 from convscope.eval.common import (
     FrozenFeatures,
     extract_both,
+    figures_by_layer,
     frozen_result,
     labelled,
     open_both,
     percent,
     print_table,
-    require_at_least,
     require_same_keys,
     same_samples,
     save_frozen,
 )
 from convscope.eval.features import Features
-from convscope.eval.knn import neighbours
+from convscope.eval.neighbours import NeighbourSettings, neighbours
 
 TASK = "retrieval"
 PROTOCOL = "image-image/1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalConfig:
+class RetrievalConfig(NeighbourSettings):
     """What is asked of the ranking."""
 
     recall_at: tuple[int, ...] = (1, 5, 10)
     """A query is a hit at k if one of its k nearest has its label."""
-    skip_self: bool = False
-    """Queries are the gallery itself, without each query. Always so where both splits hold the same images."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-    seed: int = 0
-    """Of the intervals."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "seed")
+        NeighbourSettings.__post_init__(self)
         if not self.recall_at or min(self.recall_at) < 1:
             raise UserError(f"--recall-at must name numbers of at least 1, got {self.recall_at}")
 
@@ -78,11 +72,6 @@ def evaluate(backbone: Backbone, gallery: ShardSet, queries: ShardSet, config: R
         config = replace(config, skip_self=True)
     both = extract_both(backbone, gallery, queries, config, config.device)
     ranked = {layer: retrieval(*parts, config) for layer, parts in both.items()}
-    figures = {
-        name if len(ranked) == 1 else f"{layer} {name}": figure
-        for layer, found in ranked.items()
-        for name, figure in found.items()
-    }
     return frozen_result(
         backbone,
         gallery,
@@ -90,7 +79,7 @@ def evaluate(backbone: Backbone, gallery: ShardSet, queries: ShardSet, config: R
         config,
         task=TASK,
         protocol=PROTOCOL,
-        figures=figures,
+        figures=figures_by_layer(ranked),
         details={"recall_at": config.recall_at, "skip_self": config.skip_self, "layers": list(ranked)},
         seed=config.seed,
     )

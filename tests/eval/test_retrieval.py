@@ -1,12 +1,15 @@
 """Retrieval against a loop that follows the definitions, and scikit-learn's average precision."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
 from convscope.core.errors import UserError
+from convscope.core.results import load_result
 from convscope.eval.features import Features
-from convscope.eval.retrieval import RetrievalConfig, average_precision, retrieval
+from convscope.eval.retrieval import RetrievalCommand, RetrievalConfig, average_precision, retrieval, run
 
 
 def features(count: int, seed: int, classes: int = 4) -> Features:
@@ -51,3 +54,19 @@ def test_queries_without_an_answer() -> None:
     alone = Features(["a", "b"], torch.eye(2), torch.tensor([0, 1]))
     with pytest.raises(UserError, match="no query"):
         retrieval(alone, alone, RetrievalConfig(skip_self=True, device="cpu"))
+
+
+def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "retrieval.json"
+    config = {"model": "timm:resnet10t@random", "data": small_shards, "device": "cpu", "workers": 0, "output": output}
+    run(RetrievalCommand(**config, layers=("layer1", "pooled"), recall_at=(1, 2)))
+    result = load_result(output)
+    names = {f"{layer} {name}" for layer in ("layer1", "pooled") for name in ("recall@1", "recall@2", "map")}
+    assert set(result.figures) == names
+    assert all(figure.n == 12 for figure in result.figures.values())
+    assert result.data["test"]["count"] == 12
+    assert not result.details["skip_self"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    run(RetrievalCommand(**config, test_split="train"))
+    assert load_result(output).details["skip_self"]

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import tyro
 
 from convscope.core.config import parse_assignments
-from convscope.core.data.shard_writer import ShardJob, ShardRecord, finished, report_files, write_shard
+from convscope.core.data.shard_listing import ShardRecord, write_listing
+from convscope.core.data.shard_writer import ShardJob, finished, report_files, write_shard
 from convscope.core.data.sources import Columns, Item, Source, open_source
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, write_json
@@ -227,16 +228,8 @@ def _write_shards(source: Source, jobs: Sequence[ShardJob], config: BuildConfig)
 def _finish(folder: Path, jobs: Sequence[ShardJob], written: Mapping[Path, ShardRecord]) -> list[ShardRecord]:
     """Write shards.json, which says that the split is complete."""
     records = [written[job.path] for job in jobs]
-    summary = {
-        "version": 1,
-        "fingerprint": hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest(),
-        "samples": sum(record.samples for record in records),
-        "shards": [asdict(record) for record in records],
-    }
-    write_json(folder / "shards.json", summary)
-    for path in (
-        *(job.record_path for job in jobs),
-        *folder.glob(".*.tmp"),
-    ):  # the latter if an earlier build was killed
+    write_listing(folder, records)
+    left = folder.glob(".*.tmp")  # by an earlier build that was killed
+    for path in (*(job.record_path for job in jobs), *left):
         path.unlink(missing_ok=True)
     return records

@@ -1,6 +1,6 @@
 """`shards check` finds what is wrong with a folder of shards; `shards index` writes missing index files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ import tyro
 from convscope.core.data.decode import DecodeError
 from convscope.core.data.decode import decode as decode_image
 from convscope.core.data.shard_index import index_path, parse_sample, scan, write_index
-from convscope.core.data.shard_writer import listed_shards
+from convscope.core.data.shard_listing import ShardRecord, read_listing
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, sha256_file
 from convscope.core.log import progress
@@ -119,7 +119,8 @@ def _splits(folder: Path) -> list[Path]:
 
 
 def _check_split(folder: Path, split: Path, classes: list[str] | None, decode: bool) -> Iterator[Problem]:
-    listed = _listed(split)
+    listing = read_listing(split)
+    listed = listing.by_file if listing else None
     if listed is None and (split / ".build.json").exists():
         yield Problem(str(split.relative_to(folder)), None, "no shards.json: the build is unfinished; start it again")
     present = sorted(split.glob("*.tar"))
@@ -151,11 +152,6 @@ def _check_split(folder: Path, split: Path, classes: list[str] | None, decode: b
         yield from report.problems
         if labelled:
             yield from (Problem(report.shard, key, "no label, while others have one") for key in report.unlabelled)
-
-
-def _listed(split: Path) -> dict[str, Mapping[str, Any]] | None:
-    path = split / "shards.json"
-    return listed_shards(path) if path.exists() else None
 
 
 def _check_shard(path: Path, folder: Path, classes: list[str] | None, decode: bool) -> _ShardReport:
@@ -201,14 +197,14 @@ def _index_problem(path: Path, starts: Any) -> str | None:
     return None
 
 
-def _compare(report: _ShardReport, path: Path, row: Mapping[str, Any] | None) -> None:
+def _compare(report: _ShardReport, path: Path, record: ShardRecord | None) -> None:
     """Hold a shard against its line of shards.json."""
-    if row is None:
+    if record is None:
         report.add("not in shards.json")
         return
-    if len(report.keys) != row["samples"]:
-        report.add(f"{len(report.keys)} samples, {row['samples']} in shards.json")
-    if path.stat().st_size != row["bytes"]:
-        report.add(f"{path.stat().st_size} bytes, {row['bytes']} in shards.json")
-    elif sha256_file(path) != row["sha256"]:
+    if len(report.keys) != record.samples:
+        report.add(f"{len(report.keys)} samples, {record.samples} in shards.json")
+    if path.stat().st_size != record.bytes:
+        report.add(f"{path.stat().st_size} bytes, {record.bytes} in shards.json")
+    elif sha256_file(path) != record.sha256:
         report.add("sha256 differs from shards.json")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from convscope.core.data.decode import is_image
 from convscope.core.data.shard_index import Sample, index_path, load_index, parse_sample, read_sample, scan_sound
+from convscope.core.data.shard_listing import Listing, read_listing
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, write_bytes
 
@@ -184,10 +185,9 @@ def _open_folder(folder: Path, source: str, split: str) -> ShardSet:
         splits = sorted(path.name for path in folder.parent.iterdir() if path.is_dir() and _tars(path))
         has = f"it has {', '.join(splits)}" if splits else "it holds no shards; see convscope shards build"
         raise UserError(f"{source} has no split {split!r}; {has}")
-    listing = folder / "shards.json"
     classes = _classes(folder)
-    if listing.exists():
-        return _open_listed(folder, read_json(listing), source, split, classes)
+    if listing := read_listing(folder):
+        return _open_listed(folder, listing, source, split, classes)
     if (folder / ".build.json").exists():
         raise UserError(f"{folder} is not finished; run convscope shards build again")
     if not (paths := _tars(folder)):
@@ -195,12 +195,8 @@ def _open_folder(folder: Path, source: str, split: str) -> ShardSet:
     return _open_paths(paths, source, split, classes)
 
 
-def _open_listed(folder: Path, listing: Any, source: str, split: str, classes: list[str] | None) -> ShardSet:
-    try:
-        sizes = {folder / row["file"]: int(row["bytes"]) for row in listing["shards"]}
-        fingerprint, samples = str(listing["fingerprint"]), int(listing["samples"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'shards.json'} is not what shards build writes: {error!r}") from error
+def _open_listed(folder: Path, listing: Listing, source: str, split: str, classes: list[str] | None) -> ShardSet:
+    sizes = {folder / record.file: record.bytes for record in listing.shards}
     for path, size in sizes.items():
         found = path.stat().st_size if path.exists() else 0
         if found != size:
@@ -208,9 +204,9 @@ def _open_listed(folder: Path, listing: Any, source: str, split: str, classes: l
             raise UserError(f"{path} is {state if found else 'missing'}; build or fetch it again")
     if extra := [path for path in _tars(folder) if path not in sizes]:
         raise UserError(f"{extra[0]} is not in {folder / 'shards.json'}; delete it, or shards.json")
-    shards = _open_paths(list(sizes), source, split, classes, fingerprint)
-    if len(shards) != samples:
-        raise UserError(f"{folder} holds {len(shards)} samples, {samples} in shards.json; see shards check")
+    shards = _open_paths(list(sizes), source, split, classes, listing.fingerprint)
+    if len(shards) != listing.samples:
+        raise UserError(f"{folder} holds {len(shards)} samples, {listing.samples} in shards.json; see shards check")
     return shards
 
 

@@ -7,10 +7,11 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from convscope.core.data.decode import DecodeError, decode
 from convscope.core.data.shard_index import index_path, write_index
+from convscope.core.data.shard_listing import ShardRecord, read_listing
 from convscope.core.data.sources import EncodedImage, Item, Source
 from convscope.core.errors import UserError
 from convscope.core.files import atomic_write, read_json, write_json
@@ -18,16 +19,6 @@ from convscope.core.log import info
 
 LOSSLESS = {"png", "bmp", "gif", "tif", "tiff", "ppm", "pgm"}
 JPEG_QUALITY = 95
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What shards.json says of one shard."""
-
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -51,29 +42,22 @@ def finished(job: ShardJob) -> ShardRecord | None:
     A shard's record is written after the shard was fsynced and renamed, so its presence and the right size mean that
     the shard is whole; hashing everything again would cost as much as reading the whole data set.
     """
-    listed = job.path.with_name("shards.json")
-    values = None
     if job.record_path.exists():
-        values = read_json(job.record_path)
-    elif listed.exists():
-        values = listed_shards(listed).get(job.path.name)
-    if values is None or not (
-        job.path.exists() and index_path(job.path).exists() and job.path.stat().st_size == values["bytes"]
+        record: ShardRecord | None = _own_record(job.record_path)
+    else:
+        listing = read_listing(job.path.parent)
+        record = listing.by_file.get(job.path.name) if listing else None
+    if record is None or not (
+        job.path.exists() and index_path(job.path).exists() and job.path.stat().st_size == record.bytes
     ):
         return None
-    return ShardRecord(**values)
+    return record
 
 
-def listed_shards(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The rows of a shards.json by file name.
-
-    Raises:
-        UserError: it is not what a build writes.
-    """
-    names = ("file", "samples", "bytes", "sha256")
+def _own_record(path: Path) -> ShardRecord:
     try:
-        return {row["file"]: {name: row[name] for name in names} for row in read_json(path)["shards"]}
-    except (KeyError, TypeError) as error:
+        return ShardRecord.of(read_json(path))
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what shards build writes: {error!r}") from error
 
 

@@ -62,12 +62,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if sum(budget is not None for budget in (self.epochs, self.steps, self.samples)) != 1:
             raise UserError("give exactly one of --epochs, --steps, --samples")
-        for name in ("epochs", "steps", "samples", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
+        budgets = ("epochs", "steps", "samples")
+        for name in (*budgets, "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
-        if self.checkpoint_every is not None and self.checkpoint_every <= 0:
-            raise UserError(f"--checkpoint-every must be positive, got {self.checkpoint_every}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"--ema-decay must lie between 0 and 1, got {self.ema_decay}")
         for name in ("workers", "seed"):
