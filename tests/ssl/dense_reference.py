@@ -51,6 +51,9 @@ class DenseMasked:
         if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
             stock = module.forward
             return lambda x: self._masked(stock(x))
+        if isinstance(module, nn.Linear):
+            stock_linear = module.forward
+            return lambda x: self._masked_last(stock_linear(x)) if x.ndim == 4 else stock_linear(x)
         if isinstance(module, nn.LayerNorm):
             stock_norm = module.forward
             channels_first = type(module).__name__.endswith("2d")

@@ -10,6 +10,7 @@ from torch import nn
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.errors import UserError
 from convscope.ssl.objectives.spark import SparkConfig, hierarchy
+from convscope.ssl.sparse.reference import convert_reference
 from convscope.ssl.sparse.rules import convert
 from convscope.ssl.sparse.units import VisibleUnits
 from convscope.ssl.sparse.verify import verify
@@ -24,6 +25,8 @@ FAMILIES = {
     "ecaresnet26t": {"channels": (8, 8, 8, 8)},
     "resnext50_32x4d": {"layers": (1, 1, 1, 1)},
     "convnext_atto": {"depths": (1, 1, 2, 1), "dims": (4, 8, 12, 16)},
+    "convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (4, 8, 12, 16)},
+    "convnextv2_tiny": {"depths": (1, 1, 2, 1), "dims": (4, 8, 12, 16)},
     "convnextv2_atto": {"depths": (1, 1, 2, 1), "dims": (4, 8, 12, 16)},
     "inception_next_atto": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)},
     "regnetx_002": {},
@@ -75,6 +78,24 @@ def test_units_equal_dense_masked_computation(arch: str, training: bool) -> None
     for (name, one), other in zip(sparse.named_buffers(), dense.buffers()):
         if "running" in name:
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_reference_mode_equals_units(arch: str) -> None:
+    """The dense-masked rules of `--reference`, on networks whose linear layers have biases at masked places too."""
+    fast = randomised(arch, **FAMILIES[arch]).train()
+    slow = copy.deepcopy(fast)
+    unit = fast.stride
+    names = [fast.stages[i].name for i in hierarchy(fast)]
+    images = torch.randn(2, 3, 2 * unit, 3 * unit, dtype=torch.float64)
+    units = VisibleUnits.draw(2, (2, 3), 0.5)
+    convert(fast.model, arch).units = units
+    convert_reference(slow.model).units = units
+    found = fast.feature_maps(units.gather(images), names)
+    expected = slow.feature_maps(units.scatter(units.gather(images)), names)
+    for name in names:
+        atol = 1e-10 * float(expected[name].detach().abs().max())
+        torch.testing.assert_close(units.scatter(found[name]), expected[name], rtol=0, atol=atol)
 
 
 def test_masked_pixels_cannot_reach_the_features() -> None:

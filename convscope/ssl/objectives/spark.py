@@ -4,6 +4,7 @@ The encoder sees the visible units of an image alone, a decoder paints the maske
 error on masked units against pixels normalised within each unit.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from convscope.core.data.transforms import crop_flip
 from convscope.core.errors import UserError
 from convscope.core.training.objective import Batch, Objective, StepOutput
 from convscope.ssl.objectives.spark_decoders import LightReconstruction, UNetReconstruction
+from convscope.ssl.sparse.reference import convert_reference
 from convscope.ssl.sparse.rules import convert
 from convscope.ssl.sparse.units import VisibleUnits
 from convscope.ssl.sparse.verify import verify
@@ -44,6 +46,8 @@ class SparkConfig:
     """Resampling of the random crop."""
     flip: bool = True
     """Mirror images at random."""
+    reference: bool = False
+    """Compute masked positions too and throw them away, as the published code does: slow, and the same result."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -91,8 +95,12 @@ class Spark(Objective):
                     f"--decoder-width {width} is halved down to the pixels: give a multiple of {backbone.stride}"
                 )
             self.reconstruction = UNetReconstruction(stages, width, densify_norm(backbone))
+        self.reference = config.reference
+        stock = copy.deepcopy(backbone.model) if config.reference else None
         self.mask_context = convert(backbone.model, backbone.arch)
         self.untrained = verify(backbone, self.mask_context, self.mask_unit)
+        if stock is not None:
+            backbone.model, self.mask_context = stock, convert_reference(stock)
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name not in self.untrained)
 
@@ -115,6 +123,9 @@ class Spark(Objective):
         """Features of the visible units at every scale, small to large, each (B*K, C, b, b)."""
         self.mask_context.units = units  # stays set: gradient checkpointing runs the layers again in backward
         names = [self.backbone.stages[i].name for i in self.scales]
+        if self.reference:
+            maps = self.backbone.feature_maps(units.scatter(units.gather(images)), names)
+            return [units.gather(maps[name]) for name in names]
         maps = self.backbone.feature_maps(units.gather(images), names)
         return [maps[name] for name in names]
 

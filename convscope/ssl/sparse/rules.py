@@ -24,7 +24,8 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from convscope.core.errors import UserError
-from convscope.ssl.sparse.units import VisibleUnits
+from convscope.ssl.sparse.spatial import Chooser, Geometry, choose_form, compute_dtype, convolve
+from convscope.ssl.sparse.units import VisibleUnits, to_map, to_rows
 
 MIXING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
 PER_IMAGE = (
@@ -45,16 +46,18 @@ REFUSED = (DropBlock2d,)  # drops neighbourhoods, in training only
 class MaskContext:
     """Hands one network's layers the visible units of the batch in flight; `None` means an ordinary dense pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, choose: Chooser = choose_form) -> None:
         self.units: VisibleUnits | None = None
+        self.choose = choose
 
 
-class _Converted(nn.Module):
+class Converted(nn.Module):
     """A stock layer with a sparse rule in front of its own forward; its parameters and keys stay as they are."""
 
     mask_context: MaskContext
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The rule where units are visible, the stock layer otherwise."""
         units = self.mask_context.units
         if units is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -67,19 +70,39 @@ class _Converted(nn.Module):
         raise NotImplementedError
 
 
-class _Mixing(_Converted):
+class _Pointwise(Converted, nn.Conv2d):  # type: ignore[misc]
+    """A 1x1 convolution is a matrix product over positions; on small maps a library's convolution is not as fast."""
+
     def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
-        if self._slow_in_low_precision(x):
-            with torch.autocast(x.device.type, enabled=False):
-                return units.gather(self._stock(units.scatter(x.float())))
-        return units.gather(self._stock(units.scatter(x)))
-
-    def _slow_in_low_precision(self, x: Tensor) -> bool:
-        """Depthwise convolution in bf16 is several times slower than in fp32 on a CPU."""
-        return x.device.type == "cpu" and getattr(self, "groups", 1) > 1 and torch.is_autocast_enabled("cpu")
+        stride, side = self.stride[0], x.shape[-1]
+        rows = to_rows(x if stride == 1 else x[..., ::stride, ::stride])
+        out = nn.functional.linear(rows, self.weight.flatten(1), self.bias)
+        return to_map(out, len(x), side // stride, side // stride)
 
 
-class _PerImage(_Converted):
+class _Convolution(Converted, nn.Conv2d):  # type: ignore[misc]
+    """A convolution that reads neighbours, in the form that is fastest for its size."""
+
+    geometry: Geometry
+
+    def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
+        form = self.mask_context.choose(self.geometry, x, units)
+        dtype = compute_dtype(x, self.groups)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return convolve(form, x.to(dtype), self.weight.to(dtype), bias, self.geometry, units)
+
+
+class _Mixing(Converted):
+    """Any other layer that reads neighbours: put the units back into a map, run it there, take them out."""
+
+    def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
+        dtype = compute_dtype(x, getattr(self, "groups", 1))
+        with torch.autocast(x.device.type, enabled=dtype != torch.float32):
+            return units.gather(self._stock(units.scatter(x.to(dtype))))
+
+
+class _PerImage(Converted):
     def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
         batch, count = units.batch, units.count
         if getattr(self, "channel_dim", 1) == -1:  # channels-last layers: (B*K, b, b, C) -> (B, K*b, b, C)
@@ -90,21 +113,23 @@ class _PerImage(_Converted):
         return out.view(batch, channels, count, height, width).transpose(1, 2).reshape(x.shape)
 
 
-class _PerSample(_Converted):
+class _PerSample(Converted):
     """Stochastic depth drops a branch for a whole image, all its units alike."""
 
     def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
         return self._stock(x.view(units.batch, units.count, *x.shape[1:])).flatten(0, 1)
 
 
-def rule_for(module: nn.Module) -> type[_Converted] | None:
+def rule_for(module: nn.Module) -> type[Converted] | None:
     """The rule a module needs, or None if it is taken to be position-wise (`verify.py` proves that)."""
     if isinstance(module, DropPath):
         return _PerSample
     if isinstance(module, PER_IMAGE):
         return _PerImage
     if isinstance(module, MIXING) and not _aligned(module):
-        return _Mixing
+        return _Convolution if isinstance(module, nn.Conv2d) and Geometry.of(module) else _Mixing
+    if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1:
+        return _Pointwise
     return None
 
 
@@ -113,33 +138,48 @@ def _aligned(module: nn.Module) -> bool:
     if type(module) not in (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d):
         return False
     kernel, stride = _pair(module.kernel_size), _pair(module.stride)
-    padding, dilation = module.padding, _pair(getattr(module, "dilation", 1))
-    no_padding = not isinstance(padding, str) and _pair(padding) == (0, 0)
-    return no_padding and dilation == (1, 1) and (kernel in (stride, (1, 1)))
+    dilation = _pair(getattr(module, "dilation", 1))
+    return _padding(module) == (0, 0) and dilation == (1, 1) and (kernel in (stride, (1, 1)))
+
+
+def _padding(module: Any) -> tuple[int, int] | None:
+    return None if isinstance(module.padding, str) else _pair(module.padding)
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def convert(network: nn.Module, name: str) -> MaskContext:
+def convert(network: nn.Module, name: str, choose: Chooser = choose_form) -> MaskContext:
     """Give every layer of `network` its sparse rule, in place; parameters and state-dict keys do not change.
 
     Without visible units in the returned context the network computes what it did before.
 
+    Args:
+        network: a timm network.
+        name: of its architecture, for messages.
+        choose: picks the form of each convolution that reads neighbours.
+
     Raises:
         UserError: a layer that no rule can make exact, by its name.
     """
-    context = MaskContext()
-    for path, module in _outermost(network):
+    context = MaskContext(choose)
+    for path, module in outermost(network):
         if isinstance(module, REFUSED):
             raise refusal(name, path, module)
         rule = rule_for(module)
         if rule is not None:
-            stock = type(module)
-            module.__class__ = type(stock.__name__, (rule, stock), {"__module__": stock.__module__})
-            vars(module)["mask_context"] = context
+            if rule is _Convolution:
+                vars(module)["geometry"] = Geometry.of(module)  # type: ignore[arg-type]
+            give_rule(module, rule, context)
     return context
+
+
+def give_rule(module: nn.Module, rule: type[Converted], context: MaskContext) -> None:
+    """Put a rule in front of a module's own forward."""
+    stock = type(module)
+    module.__class__ = type(stock.__name__, (rule, stock), {"__module__": stock.__module__})
+    vars(module)["mask_context"] = context
 
 
 def refusal(name: str, path: str, module: nn.Module) -> UserError:
@@ -151,10 +191,10 @@ def refusal(name: str, path: str, module: nn.Module) -> UserError:
     )
 
 
-def _outermost(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
+def outermost(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
     """All modules, but not those inside a per-image layer, which never see units."""
     found = [(path, module)]
     if not isinstance(module, PER_IMAGE):
         for name, child in module.named_children():
-            found += _outermost(child, f"{path}.{name}" if path else name)
+            found += outermost(child, f"{path}.{name}" if path else name)
     return found

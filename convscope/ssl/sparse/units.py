@@ -5,11 +5,16 @@ units is stored as (B*K, C, b, b), where b is the side of a unit at that resolut
 position at a time is then exact as it stands, and BatchNorm over units is BatchNorm over visible positions.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Reads = tuple[
+    tuple[int, ...], ...
+]  # along one axis: for each output, the inputs it reads, counted from the unit's first
 
 
 class VisibleUnits:
@@ -25,6 +30,7 @@ class VisibleUnits:
         self.grid = grid
         self.batch, self.count = indices.shape
         self._rows: dict[int, Tensor] = {}
+        self._windows: dict[tuple[int, Reads, Reads], Window] = {}
 
     @classmethod
     def draw(
@@ -69,23 +75,73 @@ class VisibleUnits:
             self._rows[side] = rows.flatten()
         return self._rows[side]
 
+    @cached_property
+    def _number(self) -> Tensor:
+        """(B*h*w,) which of the visible units stands at each place of the grid, -1 where masked."""
+        cells = self.grid[0] * self.grid[1]
+        image = torch.arange(self.batch, device=self.indices.device)[:, None] * cells
+        number = torch.full((self.batch * cells,), -1, device=self.indices.device)
+        return number.index_copy_(0, (image + self.indices).flatten(), torch.arange(self.batch * self.count).to(number))
+
+    def window(self, side: int, ys: Reads, xs: Reads) -> "Window":
+        """Where the inputs of each unit's outputs stand, for units of side `side`.
+
+        Args:
+            side: of the units that are read.
+            ys: rows that each output row reads; negative ones and those from `side` on belong to neighbouring units.
+            xs: the same for columns.
+        """
+        key = (side, ys, xs)
+        if key not in self._windows:
+            self._windows[key] = self._window(side, ys, xs)
+        return self._windows[key]
+
+    def _window(self, side: int, ys: Reads, xs: Reads) -> "Window":
+        height, width = self.grid
+        device = self.indices.device
+        unit = self.indices.flatten()
+        image = torch.arange(self.batch, device=device).repeat_interleave(self.count) * (height * width)
+        y = (unit // width * side)[:, None, None] + torch.tensor(ys, device=device)  # (B*K, outputs, reads)
+        x = (unit % width * side)[:, None, None] + torch.tensor(xs, device=device)
+        y_outside, x_outside = (y < 0) | (y >= height * side), (x < 0) | (x >= width * side)
+        y, x = y.clamp(0, height * side - 1), x.clamp(0, width * side - 1)
+        place_y = (image[:, None, None] + y // side * width)[:, :, None, :, None]  # (B*K, outputs, 1, reads, 1)
+        place_x = (x // side)[:, None, :, None, :]
+        number = self._number[place_y + place_x]  # (B*K, outputs y, outputs x, reads y, reads x)
+        outside = y_outside[:, :, None, :, None] | x_outside[:, None, :, None, :]
+        within = (y % side * side)[:, :, None, :, None] + (x % side)[:, None, :, None, :]
+        missing = (outside | (number < 0)).flatten()
+        return Window((number.clamp(min=0) * (side * side) + within).flatten(), missing)
+
     def gather(self, dense: Tensor) -> Tensor:
         """Take these units out of a dense map: (B, C, h*b, w*b) -> (B*K, C, b, b)."""
         side = dense.shape[-1] // self.grid[1]
         if dense.shape[-2:] != (self.grid[0] * side, self.grid[1] * side):
             raise ValueError(f"a map of {tuple(dense.shape[-2:])} cannot be cut into a grid of {self.grid} units")
-        return _to_map(_Gather.apply(_to_rows(dense), self.rows(side)), self.batch * self.count, side, side)
+        return to_map(_Gather.apply(to_rows(dense), self.rows(side)), self.batch * self.count, side, side)
 
     def scatter(self, units: Tensor, fill: Tensor | None = None) -> Tensor:
         """Put units back: (B*K, C, b, b) -> (B, C, h*b, w*b), elsewhere `fill` (1, C, 1, 1) or zero."""
         side, (height, width) = units.shape[-1], self.grid
-        rows = _to_rows(units)
+        rows = to_rows(units)
         total = self.batch * height * width * side * side
         if fill is None:
             canvas = rows.new_zeros(total, rows.shape[1])
         else:
             canvas = fill.to(rows.dtype).view(1, -1).expand(total, -1)
-        return _to_map(canvas.index_copy(0, self.rows(side), rows), self.batch, height * side, width * side)
+        return to_map(canvas.index_copy(0, self.rows(side), rows), self.batch, height * side, width * side)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Row numbers in a table of visible positions; `missing` marks those that are masked or beyond the image."""
+
+    index: Tensor  # (places,) int64
+    missing: Tensor  # (places,) bool
+
+    def read(self, rows: Tensor) -> Tensor:
+        """(visible positions, C) -> (places, C), zero where missing."""
+        return rows.index_select(0, self.index).masked_fill_(self.missing[:, None], 0)
 
 
 class _Gather(torch.autograd.Function):
@@ -104,11 +160,11 @@ class _Gather(torch.autograd.Function):
         return zeros.index_copy_(0, index, gradient), None
 
 
-def _to_rows(maps: Tensor) -> Tensor:
+def to_rows(maps: Tensor) -> Tensor:
     """(N, C, H, W) -> (N*H*W, C); no copy for a channels-last map."""
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-def _to_map(rows: Tensor, count: int, height: int, width: int) -> Tensor:
+def to_map(rows: Tensor, count: int, height: int, width: int) -> Tensor:
     """(N*H*W, C) -> (N, C, H, W), channels-last, no copy."""
     return rows.view(count, height, width, -1).permute(0, 3, 1, 2)
