@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from convscope.core.backbone import create_backbone
 from convscope.ssl.objectives.spark import Spark, SparkConfig, hierarchy
@@ -56,12 +56,14 @@ def variants(arch: str, precision: str, part: str, settings: Settings) -> dict[s
     device = torch.device(settings.device)
     images = torch.randn(settings.batch_size, 3, settings.size, settings.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
+    plain = images.contiguous()
     cast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def built(**options: object) -> Spark:
         torch.manual_seed(0)
         objective = SparkConfig(size=settings.size, **options).build(create_backbone(arch, {}, seed=0))  # type: ignore[arg-type]
-        return objective.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload,no-any-return]
+        layout = torch.contiguous_format if objective.reference else torch.channels_last  # as the published code runs
+        return objective.to(device=device, memory_format=layout).train()  # type: ignore[call-overload,no-any-return]
 
     dense = create_backbone(arch, {}, seed=0).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     names = [dense.stages[i].name for i in hierarchy(dense)]
@@ -71,10 +73,14 @@ def variants(arch: str, precision: str, part: str, settings: Settings) -> dict[s
             total = sum(feature_map.float().mean() for feature_map in dense.feature_maps(images, names).values())
         backward(total, dense)
 
+    def layout(objective: Spark) -> Tensor:
+        return plain if objective.reference else images
+
     def encoder_step(objective: Spark) -> Callable[[], None]:
         def step() -> None:
             with cast:
-                total = sum(units.float().mean() for units in objective.encode(images, objective.draw_units(images)))
+                features = objective.encode(layout(objective), objective.draw_units(images))
+                total = sum(units.float().mean() for units in features)
             backward(total, objective)
 
         return step
@@ -82,7 +88,7 @@ def variants(arch: str, precision: str, part: str, settings: Settings) -> dict[s
     def whole_step(objective: Spark) -> Callable[[], None]:
         def step() -> None:
             with cast:
-                loss = objective({"image": images}).loss
+                loss = objective({"image": layout(objective)}).loss
             backward(loss, objective)
 
         return step

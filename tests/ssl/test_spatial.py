@@ -29,6 +29,8 @@ LAYERS = {
 def forms(geometry: Geometry) -> list[Form]:
     """Those that can compute such a layer."""
     found: list[Form] = ["dense", "halo"]
+    if geometry.patch:
+        found.append("patch")
     if geometry.groups == 1:
         found.append("taps")
     if geometry.depthwise and geometry.same:

@@ -24,7 +24,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from convscope.core.errors import UserError
-from convscope.ssl.sparse.spatial import Chooser, Geometry, choose_form, compute_dtype, convolve
+from convscope.ssl.sparse.spatial import Axis, Chooser, Geometry, choose_form, compute_dtype, convolve, max_pool
 from convscope.ssl.sparse.units import VisibleUnits, to_map, to_rows
 
 MIXING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
@@ -87,10 +87,13 @@ class _Convolution(Converted, nn.Conv2d):  # type: ignore[misc]
 
     def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
         form = self.mask_context.choose(self.geometry, x, units)
-        dtype = compute_dtype(x, self.groups)
-        with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return convolve(form, x.to(dtype), self.weight.to(dtype), bias, self.geometry, units)
+        return convolve(form, x, self.weight, self.bias, self.geometry, units)
+
+
+class _MaxPool(Converted, nn.MaxPool2d):  # type: ignore[misc]
+    def _on_units(self, x: Tensor, units: VisibleUnits) -> Tensor:
+        kernel, stride, padding = (_pair(value)[0] for value in (self.kernel_size, self.stride, self.padding))
+        return max_pool(x, kernel, stride, padding, units)
 
 
 class _Mixing(Converted):
@@ -126,11 +129,23 @@ def rule_for(module: nn.Module) -> type[Converted] | None:
         return _PerSample
     if isinstance(module, PER_IMAGE):
         return _PerImage
-    if isinstance(module, MIXING) and not _aligned(module):
-        return _Convolution if isinstance(module, nn.Conv2d) and Geometry.of(module) else _Mixing
-    if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1:
+    if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1 and _aligned(module):
         return _Pointwise
+    if isinstance(module, nn.Conv2d) and Geometry.of(module) and not (_aligned(module) and module.groups > 1):
+        return _Convolution
+    if isinstance(module, MIXING) and not _aligned(module):
+        return _MaxPool if _plain_max_pool(module) else _Mixing
     return None
+
+
+def _plain_max_pool(module: nn.Module) -> bool:
+    if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices:
+        return False
+    (kernel, *_), (stride, *_), (padding, *_) = pairs = [
+        _pair(value) for value in (module.kernel_size, module.stride, module.padding)
+    ]
+    square = all(y == x for y, x in pairs) and _pair(module.dilation) == (1, 1)
+    return square and Axis(kernel, stride, padding, 1).keeps_grid
 
 
 def _aligned(module: nn.Module) -> bool:

@@ -3,10 +3,12 @@
 A unit needs its neighbours' borders. *halo* reads them, zero where masked, and convolves without padding; *taps* reads
 every output's inputs side by side and makes the convolution one matrix product, which pays for small units. Both read
 in backward too: the gradient of an input is a gather of the outputs that read it, never a sum over scattered rows.
-*depthwise* and *dense* put the units back into a map, where neighbours already lie side by side.
+*depthwise* and *dense* put the units back into a map, where neighbours already lie side by side. *patch* is for
+kernels as large as their stride: a unit needs no neighbour, and the convolution is one matrix product.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convscope.ssl.sparse.units import Reads, VisibleUnits, to_map, to_rows
+from convscope.ssl.sparse.units import Reads, VisibleUnits, to_map, to_rows, with_border
 
-Form = Literal["dense", "halo", "taps", "depthwise"]
+Form = Literal["dense", "halo", "taps", "depthwise", "patch"]
+IMAGE_COST = 4  # of a value in a map as large as an image against one in a unit, in the depthwise weight gradient
+
 Chooser = Callable[["Geometry", Tensor, VisibleUnits], Form]
 
 
@@ -33,6 +37,11 @@ class Axis:
     def reach(self) -> int:
         """Distance from an output's first input to its last."""
         return (self.kernel - 1) * self.dilation
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every output reads exactly the inputs of its own place."""
+        return self.kernel == self.stride and self.padding == 0 and self.dilation == 1
 
     @property
     def keeps_grid(self) -> bool:
@@ -56,11 +65,16 @@ class Axis:
             tuple(o * self.stride - self.padding + t * self.dilation for t in range(self.kernel)) for o in outputs
         )
 
-    def readers(self, side: int, phase: int) -> tuple[list[int], Reads]:
-        """The taps that reach the inputs phase, phase + stride, ... of a unit, and the outputs that these belong to."""
-        taps = [t for t in range(self.kernel) if (phase + self.padding - t * self.dilation) % self.stride == 0]
-        first = [(phase + self.padding - t * self.dilation) // self.stride for t in taps]
-        return taps, tuple(tuple(o + f for f in first) for o in range(side // self.stride))
+    def readers(self, side: int) -> list[tuple[slice, Reads]]:
+        """For each phase p the taps that reach a unit's inputs p, p + stride, ..., and the outputs these belong to."""
+        step = self.stride // math.gcd(self.stride, self.dilation)
+        found: list[tuple[slice, Reads]] = []
+        for phase in range(self.stride):
+            taps = [t for t in range(self.kernel) if (phase + self.padding - t * self.dilation) % self.stride == 0]
+            first = [(phase + self.padding - t * self.dilation) // self.stride for t in taps]
+            chosen = slice(taps[0], taps[-1] + 1, step) if taps else slice(0)
+            found.append((chosen, tuple(tuple(o + f for f in first) for o in range(side // self.stride))))
+        return found
 
 
 def border(halo: tuple[int, int], side: int) -> Reads:
@@ -93,6 +107,34 @@ class Geometry:
         return self.y.stride
 
     @property
+    def padding(self) -> tuple[int, int]:
+        """Of both axes."""
+        return self.y.padding, self.x.padding
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """Of both axes."""
+        return self.y.dilation, self.x.dilation
+
+    def halo(self, side: int) -> tuple[Reads, Reads]:
+        """A unit with the inputs around it that its outputs read, place by place."""
+        return border(self.y.halo(side), side), border(self.x.halo(side), side)
+
+    def wide(self, side: int) -> tuple[int, int]:
+        """Height and width of that."""
+        return side + sum(self.y.halo(side)), side + sum(self.x.halo(side))
+
+    def output_halo(self, side: int) -> tuple[Reads, Reads]:
+        """The outputs of a unit with those around them that read its inputs, place by place."""
+        small = side // self.stride
+        return border(self.y.output_halo(side), small), border(self.x.output_halo(side), small)
+
+    @property
+    def patch(self) -> bool:
+        """Whether inputs fall into blocks, one for each output."""
+        return self.y.aligned and self.x.aligned
+
+    @property
     def same(self) -> bool:
         """Whether inputs and outputs lie one upon the other, with as many before as behind."""
         return all(axis.stride == 1 == axis.dilation and axis.reach == 2 * axis.padding for axis in (self.y, self.x))
@@ -102,7 +144,9 @@ def choose_form(geometry: Geometry, x: Tensor, units: VisibleUnits) -> Form:
     """The form that was fastest for such a layer on units x (B*K, C, b, b); see benchmarks/spark_step.md."""
     side = x.shape[-1]
     if geometry.groups > 1:
-        return "depthwise" if geometry.depthwise and geometry.same else "dense"
+        return "depthwise" if geometry.depthwise and geometry.same and x.device.type == "cpu" else "dense"
+    if geometry.patch:
+        return "patch"
     return "halo" if side > 16 or (side > 4 and geometry.stride == 1) else "taps"
 
 
@@ -117,72 +161,98 @@ def convolve(
     form: Form, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, units: VisibleUnits
 ) -> Tensor:
     """Convolve units (B*K, C, b, b) -> (B*K, C', b/stride, b/stride); all forms give the same."""
-    if form == "dense":
-        return _dense(x, weight, bias, geometry, units)
-    function = {"halo": _Halo, "taps": _Taps, "depthwise": _Depthwise}[form]
-    return function.apply(x, weight, bias, geometry, units)  # type: ignore[no-any-return]
+    side, dtype = x.shape[-1], compute_dtype(x, geometry.groups)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    # Index tables are looked up here: torch.compile takes no new ones from inside of an autograd function.
+    with torch.autocast(x.device.type, enabled=False):
+        if form == "dense":
+            return _dense(x, weight, bias, geometry, units)
+        if form == "patch":
+            return _patch(x, weight, bias, geometry.stride)
+        if form == "halo":
+            read = units.window(side, *geometry.halo(side))
+            write = units.window(side // geometry.stride, *geometry.output_halo(side))
+            return _Halo.apply(x, weight, bias, geometry, read, write)  # type: ignore[no-any-return]
+        if form == "taps":
+            read = units.window(side, geometry.y.reads(side), geometry.x.reads(side))
+            phases = [
+                units.window(side // geometry.stride, ys, xs)
+                for _, ys in geometry.y.readers(side)
+                for _, xs in geometry.x.readers(side)
+                if ys[0] and xs[0]
+            ]
+            return _Taps.apply(x, weight, bias, geometry, read, *phases)  # type: ignore[no-any-return]
+        in_units = _prefer_units(geometry, side, units)
+        window = units.window(side, *geometry.halo(side), unit_last=True) if in_units else None
+        units.rows(side)
+        return _Depthwise.apply(x, weight, bias, geometry, units, window)  # type: ignore[no-any-return]
+
+
+def _patch(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    count, channels, side, _ = x.shape
+    small = side // stride
+    blocks = to_rows(x).view(count, small, stride, small, stride, channels).transpose(2, 3)
+    out = functional.linear(blocks.reshape(count * small * small, -1), weight.permute(0, 2, 3, 1).flatten(1), bias)
+    return to_map(out, count, small, small)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, units: VisibleUnits) -> Tensor:
-    padding, dilation = ((getattr(geometry.y, n), getattr(geometry.x, n)) for n in ("padding", "dilation"))
-    dense = functional.conv2d(units.scatter(x), weight, bias, geometry.stride, padding, dilation, geometry.groups)
+    dense = functional.conv2d(
+        units.scatter(x), weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    )
     return units.gather(dense)
 
 
-def _with_halo(x: Tensor, y_halo: tuple[int, int], x_halo: tuple[int, int], units: VisibleUnits) -> Tensor:
-    """(B*K, C, b, b) -> (B*K, C, b + halo, b + halo), zero where masked or beyond the image."""
-    side = x.shape[-1]
-    window = units.window(side, border(y_halo, side), border(x_halo, side))
-    return to_map(window.read(to_rows(x)), len(x), side + sum(y_halo), side + sum(x_halo))
+def _read(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of units (B*K, C, b, b) at the places of a window: (places, C), zero where masked or outside."""
+    return with_border(to_rows(x)).index_select(0, index)
 
 
 class _Halo(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, units: VisibleUnits
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, read: Tensor, write: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.units, ctx.has_bias = geometry, units, bias is not None
-        wide = _with_halo(x, geometry.y.halo(x.shape[-1]), geometry.x.halo(x.shape[-1]), units)
-        dilation = (geometry.y.dilation, geometry.x.dilation)
-        return functional.conv2d(wide, weight, bias, geometry.stride, 0, dilation, geometry.groups)
+        ctx.save_for_backward(x, weight, read, write)
+        ctx.geometry, ctx.has_bias = geometry, bias is not None
+        wide = to_map(_read(x, read), len(x), *geometry.wide(x.shape[-1]))
+        return functional.conv2d(wide, weight, bias, geometry.stride, 0, geometry.dilation, geometry.groups)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        geometry, units, side = ctx.geometry, ctx.units, x.shape[-1]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None, None]:
+        x, weight, read, write = ctx.saved_tensors
+        geometry, side = ctx.geometry, x.shape[-1]
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_x = _halo_input_gradient(gradient, weight, geometry, units, side) if ctx.needs_input_grad[0] else None
-        wide = _with_halo(x, geometry.y.halo(side), geometry.x.halo(side), units)
-        stride, dilation = [geometry.stride] * 2, [geometry.y.dilation, geometry.x.dilation]
+        of_x = _halo_input_gradient(gradient, weight, geometry, write, side) if ctx.needs_input_grad[0] else None
+        wide = to_map(_read(x, read), len(x), *geometry.wide(side))
+        sizes, strides = [len(weight)] if ctx.has_bias else None, [geometry.stride] * 2
         _, of_weight, of_bias = torch.ops.aten.convolution_backward(
             gradient,
             wide,
             weight,
-            [len(weight)],
-            stride,
+            sizes,
+            strides,
             [0, 0],
-            dilation,
+            geometry.dilation,
             False,
             [0, 0],
             geometry.groups,
             [False, True, ctx.has_bias],
         )
-        return of_x, of_weight, of_bias, None, None
+        return of_x, of_weight, of_bias, None, None, None
 
 
-def _halo_input_gradient(
-    gradient: Tensor, weight: Tensor, geometry: Geometry, units: VisibleUnits, side: int
-) -> Tensor:
+def _halo_input_gradient(gradient: Tensor, weight: Tensor, geometry: Geometry, write: Tensor, side: int) -> Tensor:
     """The transposed convolution of all outputs that read a unit, cut to the unit."""
-    y_halo, x_halo = geometry.y.output_halo(side), geometry.x.output_halo(side)
-    wide = _with_halo(gradient, y_halo, x_halo, units)
-    cut = [halo[0] * geometry.stride + axis.padding for halo, axis in ((y_halo, geometry.y), (x_halo, geometry.x))]
-    sizes = zip(wide.shape[-2:], (geometry.y, geometry.x), cut)
-    extra = [max(side - ((size - 1) * axis.stride + axis.reach + 1 - 2 * c), 0) for size, axis, c in sizes]
-    dilation = (geometry.y.dilation, geometry.x.dilation)
+    axes = (geometry.y, geometry.x)
+    halos = [axis.output_halo(side) for axis in axes]
+    sizes = [side // geometry.stride + sum(halo) for halo in halos]
+    wide = to_map(_read(gradient, write), len(gradient), *sizes)
+    cut = [halo[0] * axis.stride + axis.padding for halo, axis in zip(halos, axes)]
+    whole = [(size - 1) * axis.stride + axis.reach + 1 - 2 * c for size, axis, c in zip(sizes, axes, cut)]
+    extra = [max(side - size, 0) for size in whole]
     out = functional.conv_transpose2d(
-        wide, weight, None, geometry.stride, tuple(cut), tuple(extra), geometry.groups, dilation
+        wide, weight, None, geometry.stride, tuple(cut), tuple(extra), geometry.groups, geometry.dilation
     )
     return out[..., :side, :side]
 
@@ -190,91 +260,160 @@ def _halo_input_gradient(
 class _Taps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, units: VisibleUnits
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, read: Tensor, *phases: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.units, ctx.has_bias = geometry, units, bias is not None
-        columns = _columns(x, geometry, units)
+        ctx.save_for_backward(x, weight, read, *phases)
+        ctx.geometry, ctx.has_bias = geometry, bias is not None
+        side = x.shape[-1] // geometry.stride
+        columns = _read(x, read).view(len(x) * side * side, -1)  # (outputs, kernel y * kernel x * C)
         out = functional.linear(columns, weight.permute(0, 2, 3, 1).flatten(1), bias)
-        return to_map(out, len(x), *([x.shape[-1] // geometry.stride] * 2))
+        return to_map(out, len(x), side, side)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        geometry, units = ctx.geometry, ctx.units
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, read, *phases = ctx.saved_tensors
         rows = to_rows(gradient)
-        of_x = _taps_input_gradient(rows, weight, geometry, units, x) if ctx.needs_input_grad[0] else None
-        flat = rows.t() @ _columns(x, geometry, units)
+        of_x = _taps_input_gradient(gradient, weight, ctx.geometry, phases, x) if ctx.needs_input_grad[0] else None
+        flat = rows.t() @ _read(x, read).view(len(rows), -1)
         of_weight = flat.view(len(weight), *weight.shape[2:], weight.shape[1]).permute(0, 3, 1, 2)
-        return of_x, of_weight, rows.sum(0) if ctx.has_bias else None, None, None
+        return of_x, of_weight, rows.sum(0) if ctx.has_bias else None, None, None, *(None for _ in phases)
 
 
-def _columns(x: Tensor, geometry: Geometry, units: VisibleUnits) -> Tensor:
-    """The inputs of every output side by side: (outputs, kernel y * kernel x * C)."""
-    side = x.shape[-1]
-    outputs = len(x) * (side // geometry.stride) ** 2
-    return units.window(side, geometry.y.reads(side), geometry.x.reads(side)).read(to_rows(x)).view(outputs, -1)
-
-
-def _taps_input_gradient(rows: Tensor, weight: Tensor, geometry: Geometry, units: VisibleUnits, x: Tensor) -> Tensor:
+def _taps_input_gradient(
+    gradient: Tensor, weight: Tensor, geometry: Geometry, phases: Sequence[Tensor], x: Tensor
+) -> Tensor:
     """Inputs of one phase modulo the stride are all read by the same taps: one matrix product for each phase."""
     stride, (count, channels, side, _) = geometry.stride, x.shape
     small = side // stride
+    rows = with_border(to_rows(gradient))
     out = rows.new_empty(count, small, stride, small, stride, channels)
-    for i in range(stride):
-        y_taps, ys = geometry.y.readers(side, i)
-        for j in range(stride):
-            x_taps, xs = geometry.x.readers(side, j)
-            if not (y_taps and x_taps):
+    reads = iter(phases)
+    for i, (y_taps, ys) in enumerate(geometry.y.readers(side)):
+        for j, (x_taps, xs) in enumerate(geometry.x.readers(side)):
+            if not (ys[0] and xs[0]):
                 out[:, :, i, :, j] = 0
                 continue
-            chosen = weight[:, :, y_taps][:, :, :, x_taps].permute(2, 3, 0, 1).reshape(-1, channels)
-            columns = units.window(small, ys, xs).read(rows).view(count * small * small, -1)
+            chosen = weight[:, :, y_taps, x_taps].permute(2, 3, 0, 1).reshape(-1, channels)
+            columns = rows.index_select(0, next(reads)).view(count * small * small, -1)
             out[:, :, i, :, j] = (columns @ chosen).view(count, small, small, channels)
     return to_map(out.view(-1, channels), count, side, side)
 
 
 class _Depthwise(torch.autograd.Function):
-    """Stride 1, as many outputs as inputs: on the whole map, but for the weight's gradient.
-
-    There each (unit, channel) is a channel of its own and the gradient its kernel: one depthwise convolution whose
-    output, as large as the kernel, is summed over the units. The library's own is several times slower.
-    """
+    """Stride 1, as many outputs as inputs: on the whole map, but for the weight's gradient, whose form of its own is
+    several times faster than the library's."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, units: VisibleUnits
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        units: VisibleUnits,
+        read: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, read)
         ctx.geometry, ctx.units, ctx.has_bias = geometry, units, bias is not None
-        padding = (geometry.y.padding, geometry.x.padding)
-        return units.gather(functional.conv2d(units.scatter(x), weight, bias, 1, padding, groups=geometry.groups))
+        dense = functional.conv2d(units.scatter(x), weight, bias, 1, geometry.padding, groups=geometry.groups)
+        return units.gather(dense)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, read = ctx.saved_tensors
         geometry, units = ctx.geometry, ctx.units
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         of_x = None
         if ctx.needs_input_grad[0]:
-            padding = (geometry.y.padding, geometry.x.padding)
-            dense = functional.conv2d(
-                units.scatter(gradient), weight.flip(2, 3), None, 1, padding, groups=geometry.groups
+            dense = units.scatter(gradient)
+            of_x = units.gather(
+                functional.conv2d(dense, weight.flip(2, 3), None, 1, geometry.padding, groups=geometry.groups)
             )
-            of_x = units.gather(dense)
-        of_weight = _depthwise_weight_gradient(x, gradient, geometry, units).to(weight.dtype)
-        return of_x, of_weight, to_rows(gradient).sum(0) if ctx.has_bias else None, None, None
+        of_bias = to_rows(gradient).sum(0) if ctx.has_bias else None
+        if read is None:
+            of_weight = _weight_gradient_in_images(x, gradient, geometry, units)
+        else:
+            of_weight = _weight_gradient_in_units(x, gradient, geometry, read)
+        return of_x, of_weight.to(weight.dtype), of_bias, None, None, None
 
 
-def _depthwise_weight_gradient(x: Tensor, gradient: Tensor, geometry: Geometry, units: VisibleUnits) -> Tensor:
-    count, channels, side, _ = x.shape
-    wide = _with_halo(x, geometry.y.halo(side), geometry.x.halo(side), units)
-    height, width = wide.shape[-2:]
-    kernel = gradient.permute(2, 3, 0, 1).reshape(side, side, 1, count * channels).permute(3, 2, 0, 1)
-    flat = wide.permute(2, 3, 0, 1).reshape(1, height, width, count * channels).permute(0, 3, 1, 2)
-    out = functional.conv2d(flat, kernel, groups=count * channels)  # (1, B*K*C, kernel y, kernel x)
+def _prefer_units(geometry: Geometry, side: int, units: VisibleUnits) -> bool:
+    """Whether units with their halos are fewer values than images with theirs, give or take what a larger map costs."""
+    y, x = (axis.reach for axis in (geometry.y, geometry.x))
+    height, width = (n * side for n in units.grid)
+    return units.count * (side + y) * (side + x) < IMAGE_COST * (height + y) * (width + x)
+
+
+def _weight_gradient_in_units(x: Tensor, gradient: Tensor, geometry: Geometry, read: Tensor) -> Tensor:
+    """Correlate every unit, with its halo, with its gradient."""
+    height, width = geometry.wide(x.shape[-1])
+    wide = _read(x, read).view(height, width, len(x), -1)
+    return _correlate(wide, gradient.permute(2, 3, 0, 1).contiguous())
+
+
+def _weight_gradient_in_images(x: Tensor, gradient: Tensor, geometry: Geometry, units: VisibleUnits) -> Tensor:
+    """Correlate every image, zero where masked and around it, with its gradient: for small units and large kernels."""
+    side = x.shape[-1]
+    height, width = (n * side for n in units.grid)
+    rows = units.rows(side)
+    image, y, x_place = rows // (height * width), rows // width % height, rows % width
+
+    def spread(part: Tensor, top: int, left: int) -> Tensor:
+        canvas = part.new_zeros((height + 2 * top) * (width + 2 * left) * units.batch, part.shape[1])
+        place = ((y + top) * (width + 2 * left) + x_place + left) * units.batch + image
+        canvas.index_copy_(0, place, to_rows(part))
+        return canvas.view(height + 2 * top, width + 2 * left, units.batch, -1)
+
+    return _correlate(spread(x, geometry.y.padding, geometry.x.padding), spread(gradient, 0, 0))
+
+
+def _correlate(wide: Tensor, gradient: Tensor) -> Tensor:
+    """(height + reach, width + reach, N, C), (height, width, N, C) -> (C, 1, reach + 1, reach + 1), summed over N.
+
+    One depthwise convolution: each of the N parts of each channel is a channel of its own, and its gradient the kernel.
+    """
+    count, channels = wide.shape[2:]
+    maps = wide.flatten(2)[None].permute(0, 3, 1, 2)
+    kernels = gradient.flatten(2)[None].permute(3, 0, 1, 2)
+    out = functional.conv2d(maps, kernels, groups=count * channels)  # (1, N*C, reach + 1, reach + 1)
     size = out.shape[-2:]
-    summed = (
-        out.permute(0, 2, 3, 1).reshape(-1, count, channels).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
-    )
+    wider = torch.promote_types(wide.dtype, torch.float32)
+    summed = out.permute(0, 2, 3, 1).reshape(-1, count, channels).sum(1, dtype=wider)
     return summed.t().reshape(channels, 1, *size)
+
+
+def max_pool(x: Tensor, kernel: int, stride: int, padding: int, units: VisibleUnits) -> Tensor:
+    """Max-pool units (B*K, C, b, b) -> (B*K, C, b/stride, b/stride), exact: masked neighbours count as zeros."""
+    axis = Axis(kernel, stride, padding, 1)
+    reads = border(axis.halo(x.shape[-1]), x.shape[-1])
+    return _MaxPool.apply(x, axis, units.window(x.shape[-1], reads, reads))  # type: ignore[no-any-return]
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, read: Tensor) -> Tensor:
+        wide = x.shape[-1] + sum(axis.halo(x.shape[-1]))
+        rows = with_border(to_rows(x), outside=float("-inf")).index_select(0, read)
+        maps = to_map(rows, len(x), wide, wide)
+        out, chosen = functional.max_pool2d_with_indices(maps, [axis.kernel] * 2, [axis.stride] * 2)
+        ctx.save_for_backward(chosen, read)
+        ctx.axis, ctx.wide, ctx.shape = axis, wide, x.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        chosen, read = ctx.saved_tensors
+        (count, channels, side, _), axis, wide = ctx.shape, ctx.axis, ctx.wide
+        empty = to_map(gradient.new_empty(count * wide * wide, channels), count, wide, wide)
+        spread = torch.ops.aten.max_pool2d_with_indices_backward(
+            gradient, empty, [axis.kernel] * 2, [axis.stride] * 2, [0, 0], [1, 1], False, chosen
+        )
+        before = axis.halo(side)[0]
+        own = torch.zeros(wide, wide, dtype=torch.bool, device=read.device)
+        own[before : before + side, before : before + side] = True
+        rows = to_rows(spread).view(count, wide * wide, channels)
+        inner = spread[..., before : before + side, before : before + side]
+        total = with_border(to_rows(inner))
+        outer = ~own.flatten()
+        total.index_add_(0, read.view(count, -1)[:, outer].flatten(), rows[:, outer].flatten(0, 1))
+        return to_map(total[:-2], count, side, side), None, None

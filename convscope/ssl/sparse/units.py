@@ -5,16 +5,19 @@ units is stored as (B*K, C, b, b), where b is the side of a unit at that resolut
 position at a time is then exact as it stands, and BatchNorm over units is BatchNorm over visible positions.
 """
 
-from dataclasses import dataclass
+import functools
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Reads = tuple[
-    tuple[int, ...], ...
-]  # along one axis: for each output, the inputs it reads, counted from the unit's first
+# Along one axis: for each output of a unit the inputs it reads, counted from the unit's first; negative ones and those
+# beyond the unit's side belong to its neighbours.
+Reads = tuple[tuple[int, ...], ...]
+
+
+MASKED, OUTSIDE = -1, -2  # in place of a unit's number
 
 
 class VisibleUnits:
@@ -30,7 +33,7 @@ class VisibleUnits:
         self.grid = grid
         self.batch, self.count = indices.shape
         self._rows: dict[int, Tensor] = {}
-        self._windows: dict[tuple[int, Reads, Reads], Window] = {}
+        self._windows: dict[tuple[int, Reads, Reads, bool], Tensor] = {}
 
     @classmethod
     def draw(
@@ -76,42 +79,44 @@ class VisibleUnits:
         return self._rows[side]
 
     @cached_property
-    def _number(self) -> Tensor:
-        """(B*h*w,) which of the visible units stands at each place of the grid, -1 where masked."""
+    def _numbers(self) -> Tensor:
+        """(B, h, w) which of the B*K units stands at each place of the grid, MASKED where none does."""
         cells = self.grid[0] * self.grid[1]
-        image = torch.arange(self.batch, device=self.indices.device)[:, None] * cells
-        number = torch.full((self.batch * cells,), -1, device=self.indices.device)
-        return number.index_copy_(0, (image + self.indices).flatten(), torch.arange(self.batch * self.count).to(number))
+        numbers = torch.full((self.batch, cells), MASKED, device=self.indices.device)
+        count = torch.arange(self.batch * self.count, device=self.indices.device).view(self.batch, self.count)
+        return numbers.scatter_(1, self.indices, count).view(self.batch, *self.grid)
 
-    def window(self, side: int, ys: Reads, xs: Reads) -> "Window":
-        """Where the inputs of each unit's outputs stand, for units of side `side`.
+    def window(self, side: int, ys: Reads, xs: Reads, *, unit_last: bool = False) -> Tensor:
+        """Where the inputs of each unit's outputs stand among the rows of `with_border`, for units of side `side`.
 
         Args:
             side: of the units that are read.
-            ys: rows that each output row reads; negative ones and those from `side` on belong to neighbouring units.
-            xs: the same for columns.
+            ys: rows that each output row reads.
+            xs: columns that each output column reads.
+            unit_last: order the places by (place in the unit, unit) and not by (unit, place in the unit).
+
+        Returns:
+            (B*K * outputs y * outputs x * reads y * reads x,) int64, in that order of dimensions or with B*K last.
         """
-        key = (side, ys, xs)
+        key = (side, ys, xs, unit_last)
         if key not in self._windows:
-            self._windows[key] = self._window(side, ys, xs)
+            table = self._window(side, ys, xs)
+            self._windows[key] = (table.t() if unit_last else table).flatten()
         return self._windows[key]
 
-    def _window(self, side: int, ys: Reads, xs: Reads) -> "Window":
-        height, width = self.grid
-        device = self.indices.device
-        unit = self.indices.flatten()
-        image = torch.arange(self.batch, device=device).repeat_interleave(self.count) * (height * width)
-        y = (unit // width * side)[:, None, None] + torch.tensor(ys, device=device)  # (B*K, outputs, reads)
-        x = (unit % width * side)[:, None, None] + torch.tensor(xs, device=device)
-        y_outside, x_outside = (y < 0) | (y >= height * side), (x < 0) | (x >= width * side)
-        y, x = y.clamp(0, height * side - 1), x.clamp(0, width * side - 1)
-        place_y = (image[:, None, None] + y // side * width)[:, :, None, :, None]  # (B*K, outputs, 1, reads, 1)
-        place_x = (x // side)[:, None, :, None, :]
-        number = self._number[place_y + place_x]  # (B*K, outputs y, outputs x, reads y, reads x)
-        outside = y_outside[:, :, None, :, None] | x_outside[:, None, :, None, :]
-        within = (y % side * side)[:, :, None, :, None] + (x % side)[:, None, :, None, :]
-        missing = (outside | (number < 0)).flatten()
-        return Window((number.clamp(min=0) * (side * side) + within).flatten(), missing)
+    def _window(self, side: int, ys: Reads, xs: Reads) -> Tensor:
+        """(B*K, places of a unit)."""
+        width = self.grid[1]
+        (top, bottom), (left, right), neighbour, within = _template(side, ys, xs, self.indices.device)
+        around = torch.nn.functional.pad(self._numbers, (left, right, top, bottom), value=OUTSIDE)
+        down = torch.arange(top + bottom + 1, device=self.indices.device) * around.shape[2]
+        across = torch.arange(left + right + 1, device=self.indices.device)
+        image = torch.arange(self.batch, device=self.indices.device)[:, None] * around[0].numel()
+        corner = (image + self.indices // width * around.shape[2] + self.indices % width).flatten()
+        steps = (down[:, None] + across).flatten()
+        near = around.flatten()[corner[:, None] + steps].index_select(1, neighbour)  # (B*K, places)
+        rows = self.batch * self.count * side * side
+        return torch.where(near < 0, rows - 1 - near, near * (side * side) + within)
 
     def gather(self, dense: Tensor) -> Tensor:
         """Take these units out of a dense map: (B, C, h*b, w*b) -> (B*K, C, b, b)."""
@@ -126,22 +131,37 @@ class VisibleUnits:
         rows = to_rows(units)
         total = self.batch * height * width * side * side
         if fill is None:
-            canvas = rows.new_zeros(total, rows.shape[1])
+            dense = rows.new_zeros(total, rows.shape[1]).index_copy_(0, self.rows(side), rows)
         else:
-            canvas = fill.to(rows.dtype).view(1, -1).expand(total, -1)
-        return to_map(canvas.index_copy(0, self.rows(side), rows), self.batch, height * side, width * side)
+            dense = fill.to(rows.dtype).view(1, -1).expand(total, -1).index_copy(0, self.rows(side), rows)
+        return to_map(dense, self.batch, height * side, width * side)
 
 
-@dataclass(frozen=True)
-class Window:
-    """Row numbers in a table of visible positions; `missing` marks those that are masked or beyond the image."""
+@functools.lru_cache(maxsize=1024)
+def _template(
+    side: int, ys: Reads, xs: Reads, device: torch.device
+) -> tuple[tuple[int, int], tuple[int, int], Tensor, Tensor]:
+    """What is the same for every unit: how many neighbours it reads on each side, which neighbour, where in it."""
 
-    index: Tensor  # (places,) int64
-    missing: Tensor  # (places,) bool
+    def axis(reads: Reads) -> tuple[tuple[int, int], Tensor, Tensor]:
+        places = torch.tensor(reads)
+        offset = places.div(side, rounding_mode="floor")
+        before, after = max(-int(offset.min()), 0), max(int(offset.max()), 0)
+        return (before, after), offset + before, places % side
 
-    def read(self, rows: Tensor) -> Tensor:
-        """(visible positions, C) -> (places, C), zero where missing."""
-        return rows.index_select(0, self.index).masked_fill_(self.missing[:, None], 0)
+    (top, bottom), y, in_y = axis(ys)
+    (left, right), x, in_x = axis(xs)
+    neighbour = y[:, None, :, None] * (left + right + 1) + x[None, :, None, :]  # (outputs y, outputs x, reads y, x)
+    within = in_y[:, None, :, None] * side + in_x[None, :, None, :]
+    return (top, bottom), (left, right), neighbour.flatten().to(device), within.flatten().to(device)
+
+
+def with_border(rows: Tensor, outside: float = 0.0) -> Tensor:
+    """Append what `VisibleUnits.window` reads at masked places, zeros, and beyond the image, `outside`: two rows."""
+    border = rows.new_zeros(2, rows.shape[1])
+    if outside:
+        border[1] = outside
+    return torch.cat([rows, border])
 
 
 class _Gather(torch.autograd.Function):
