@@ -22,6 +22,7 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.files import write_bytes
 from convscope.core.log import info, progress
+from convscope.core.memory import keep_freed_memory
 from convscope.core.results import versions
 
 Pool = Literal["avg", "max", "gem", "cls"]
@@ -74,6 +75,8 @@ def extract(
     """
     names = resolve_layers(backbone, layers, pool)
     target = pick_device(device)
+    if target.type == "cpu":
+        keep_freed_memory()
     y = None if label is None else torch.from_numpy(read_labels(shards, label))
     files = _cache_files(cache, backbone, shards, names, pool, f"{precision} {target.type}") if cache else {}
     found = {name: stored for name, file in files.items() if (stored := _read(file, len(shards))) is not None}

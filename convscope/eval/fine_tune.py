@@ -164,7 +164,7 @@ def _train_data(
 ) -> TrainData:
     preprocessing = backbone.preprocessing
     transform = crop_flip(
-        preprocessing.size[0],
+        preprocessing.size,
         scale=config.crop_scale,
         interpolation=preprocessing.interpolation,
         flip=config.flip,

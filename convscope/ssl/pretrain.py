@@ -44,7 +44,7 @@ class ObjectiveConfig(Protocol):
     def transform(self, backbone: Backbone) -> Transform:
         """Augmentation of a training image."""
 
-    def crop_size(self, backbone: Backbone) -> int:
+    def crop_size(self, backbone: Backbone) -> tuple[int, int]:
         """Side of a training image in pixels."""
 
 
@@ -109,8 +109,7 @@ def pretrain(config: PretrainCommand) -> None:
             {"drop_path_rate": config.drop_path} if config.drop_path else {}
         )
         backbone = create_backbone(config.backbone, arguments, seed=config.train.seed)
-        size = objective_config.crop_size(backbone)
-        backbone.preprocessing = replace(backbone.preprocessing, size=(size, size))
+        backbone.preprocessing = replace(backbone.preprocessing, size=objective_config.crop_size(backbone))
         torch.manual_seed(config.train.seed)  # the objective's own weights
         objective = objective_config.build(backbone)
         normalize = Normalize(backbone.preprocessing.mean, backbone.preprocessing.std)

@@ -11,6 +11,7 @@ from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.errors import UserError
 from convscope.core.models import load_backbone
 from convscope.ssl.objectives.spark import Spark, SparkConfig, normalise_patches
+from convscope.ssl.objectives.spark_decoders import UpSample
 from convscope.ssl.sparse.units import VisibleUnits
 from tests.ssl.dense_reference import DenseMasked
 from tests.two_processes import run_on_two
@@ -116,11 +117,12 @@ def slow_loss(painted: Tensor, images: Tensor, visible: Tensor, side: int) -> Te
     return total / count
 
 
-@pytest.mark.parametrize("unit", [32, 64])
+@pytest.mark.parametrize(("unit", "columns"), [(32, 2), (64, 2), (32, 3)])
 @pytest.mark.parametrize("decoder", ["unet", "light"])
-def test_loss_and_gradients_against_a_dense_reference(decoder: Any, unit: int) -> None:
+def test_loss_and_gradients_against_a_dense_reference(decoder: Any, unit: int, columns: int) -> None:
     """Without the official fixtures: the same decoder on dense-masked features, the loss patch by patch."""
-    config = SparkConfig(size=2 * unit, mask_unit=unit, decoder=decoder, decoder_width=32, mask_ratio=0.5)
+    size = (2 * unit, columns * unit)
+    config = SparkConfig(size=size, mask_unit=unit, decoder=decoder, decoder_width=32, mask_ratio=0.5)
     objectives = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -130,8 +132,8 @@ def test_loss_and_gradients_against_a_dense_reference(decoder: Any, unit: int) -
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         objectives.append(objective)
     ours, reference = objectives
-    images = torch.randn(4, 3, 2 * unit, 2 * unit, dtype=torch.float64)
-    units = VisibleUnits.draw(4, (2, 2), 0.5)
+    images = torch.randn(4, 3, *size, dtype=torch.float64)
+    units = VisibleUnits.draw(4, (2, columns), 0.5)
     loss = ours({"image": images, "visible": units.mask}).loss
     loss.backward()
 
@@ -147,6 +149,57 @@ def test_loss_and_gradients_against_a_dense_reference(decoder: Any, unit: int) -
         if other.grad is not None:
             difference = float((one.grad - other.grad).abs().max())
             assert difference <= 1e-9 * float(other.grad.abs().max()) + 1e-12 * largest, name
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_atto"])
+def test_the_published_way_gives_the_same_step(arch: str) -> None:
+    """`--reference` computes what is masked too: same loss, gradients and running statistics."""
+    arguments = {"channels": (4, 6, 8, 10)} if arch == "resnet18" else {"depths": (1, 1, 2, 1), "dims": (4, 8, 12, 16)}
+    batch = {"image": torch.randn(3, 3, 96, 96, dtype=torch.float64)}
+    objectives = []
+    for reference in (False, True):
+        torch.manual_seed(0)
+        config = SparkConfig(size=96, decoder_width=32, reference=reference)
+        objective = config.build(create_backbone(arch, arguments, seed=0)).double().train()
+        torch.manual_seed(1)
+        objectives.append((objective, objective(batch).loss))
+        objectives[-1][1].backward()
+    (ours, loss), (published, expected) = objectives
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    largest = max(float(p.grad.abs().max()) for p in published.parameters() if p.grad is not None)
+    for (name, one), other in zip(ours.named_parameters(), published.parameters()):
+        assert (one.grad is None) == (other.grad is None), name
+        if other.grad is not None:
+            difference = float((one.grad - other.grad).abs().max())
+            assert difference <= 1e-9 * float(other.grad.abs().max()) + 1e-12 * largest, name
+    for (name, one), other in zip(ours.named_buffers(), published.buffers()):
+        if "running" in name:
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_a_mask_shared_by_the_batch() -> None:
+    objective = SparkConfig(size=96, decoder="light", shared_mask=True).build(create_backbone("resnet18"))
+    masks = [objective.draw_units(torch.empty(5, 3, 96, 96)).mask for _ in range(8)]
+    assert all(bool((mask == mask[0]).all()) for mask in masks)
+    assert len({tuple(mask[0].flatten().tolist()) for mask in masks}) > 1
+    assert torch.isfinite(objective({"image": torch.randn(5, 3, 96, 96)}).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_up_sampling_equals_the_library(dtype: torch.dtype) -> None:
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    ours = UpSample(6, 6, kernel_size=4, stride=2, padding=1).to(kept)
+    found = []
+    for layer in (ours, torch.nn.ConvTranspose2d(6, 6, kernel_size=4, stride=2, padding=1).to(kept)):
+        layer.load_state_dict(ours.state_dict())
+        x = torch.linspace(-1, 1, 2 * 6 * 5 * 7, dtype=kept).view(2, 6, 5, 7).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = layer(x)
+        assert out.dtype == dtype
+        found.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])))
+    share = 1e-6 if dtype == torch.float64 else 2e-2  # the sum above is in float32; bf16 keeps eight bits
+    for one, other in zip(*found):
+        close(one, other, share)
 
 
 def test_targets_are_normalised_within_each_patch() -> None:
@@ -219,7 +272,8 @@ def test_weight_decay_spares_the_mask_tokens() -> None:
     ("config", "arch", "words"),
     [
         ({"size": 100}, "resnet18", "multiple of the mask unit"),
-        ({"size": 32}, "resnet18", "at least twice"),
+        ({"size": 32}, "resnet18", "hold two"),
+        ({"size": (64, 100)}, "resnet18", "--size 64 100"),
         ({"size": 96, "mask_unit": 48}, "resnet18", "no multiple"),
         ({"size": 64, "decoder_width": 100}, "resnet18", "halved"),
     ],

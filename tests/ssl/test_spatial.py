@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convscope.ssl.sparse.spatial import Form, Geometry, choose_form, convolve
+from convscope.ssl.sparse.spatial import Form, Geometry, choose_form, convolve, max_pool
 from convscope.ssl.sparse.units import VisibleUnits
 
 GRID = (2, 3)
@@ -95,3 +95,36 @@ def test_the_rule_chooses_a_form_that_can(name: str, side: int) -> None:
 )
 def test_what_is_not_plain_is_left_to_the_dense_form(layer: nn.Conv2d) -> None:
     assert Geometry.of(layer) is None
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (2, 0), (5, 2)])
+def test_max_pool_equals_the_definition(kernel: int, padding: int, side: int) -> None:
+    """Values below zero too: there a masked neighbour wins, as a zero, and what is beyond the image never does."""
+    torch.manual_seed(0)
+    pool = nn.MaxPool2d(kernel, 2, padding)
+    units = VisibleUnits.draw(3, GRID, 0.5)
+    dense = torch.randn(3, 4, GRID[0] * side, GRID[1] * side, dtype=torch.float64) - 1
+    x = units.gather(dense).detach().requires_grad_()
+    out = max_pool(x, kernel, 2, padding, units)
+    leaf = dense.clone().requires_grad_()
+    expected = by_definition(pool, leaf, units, side)
+    torch.testing.assert_close(units.scatter(out), expected, rtol=0, atol=0)
+    weighting = torch.randn_like(expected)
+    (found,) = torch.autograd.grad((units.scatter(out) * weighting).sum(), x)
+    (wanted,) = torch.autograd.grad((expected * weighting).sum(), leaf)
+    torch.testing.assert_close(units.scatter(found), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [3, 7, 13])
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+def test_both_ways_to_a_depthwise_weight_gradient(side: int, kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Conv2d(3, 3, kernel, padding=kernel // 2, groups=3).double()
+    units = VisibleUnits.draw(3, GRID, 0.5)
+    x = torch.randn(3 * units.count, 3, side, side, dtype=torch.float64)
+    found = []
+    for cost in (0, 1e9):  # of images: always them, never them
+        monkeypatch.setattr("convscope.ssl.sparse.spatial.IMAGE_COST", cost)
+        out = convolve("depthwise", x, layer.weight, layer.bias, Geometry.of(layer), units)
+        found.append(torch.autograd.grad(out.square().sum(), layer.weight)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)

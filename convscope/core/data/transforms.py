@@ -37,18 +37,29 @@ def eval_transform(p: Preprocessing) -> Transform:
 
 
 def crop_flip(
-    size: int,
+    size: int | tuple[int, int],
     scale: tuple[float, float] = (0.67, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
     flip: bool = True,
 ) -> Transform:
-    """Random crop of a share `scale` of the area and aspect `ratio`, resized to `size`, mirrored half of the time.
+    """Random crop of a share `scale` of the area, resized to `size`, mirrored half of the time.
+
+    Args:
+        size: side, or height and width, in pixels.
+        scale: range of the share.
+        ratio: range of how much wider than `size` the crop is, in proportion, before it is resized.
+        interpolation: of the resizing.
+        flip: whether to mirror.
 
     Raises:
         UserError: unknown interpolation.
     """
-    steps: list[Any] = [v2.RandomResizedCrop(size, scale, ratio, interpolation=interpolation_mode(interpolation))]
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (ratio[0] * width / height, ratio[1] * width / height)
+    steps: list[Any] = [
+        v2.RandomResizedCrop((height, width), scale, shape, interpolation=interpolation_mode(interpolation))
+    ]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     transform: Transform = v2.Compose([*steps, v2.PILToTensor()])

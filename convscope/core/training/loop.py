@@ -21,6 +21,7 @@ from convscope.core.checkpoint import RunDirectory, load_checkpoint
 from convscope.core.data.stream import train_batches
 from convscope.core.errors import UserError
 from convscope.core.log import info, progress
+from convscope.core.memory import keep_freed_memory
 from convscope.core.results import environment
 from convscope.core.training.config import PRECISIONS, Hook, LoopState, TrainConfig, TrainData
 from convscope.core.training.objective import Objective
@@ -54,6 +55,8 @@ def train(
         SystemExit: a signal asked to stop; everything is saved.
     """
     device = distributed.pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with distributed.process_group(device):
         return _Trainer(objective, data, config, optimization, run, hooks, device).run_to_end()
 

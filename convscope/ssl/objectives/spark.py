@@ -38,8 +38,10 @@ class SparkConfig:
     """unet: the published decoder. light: one ConvNeXt-V2 block at the smallest map (FCMAE)."""
     decoder_width: int | None = None
     """Channels of the decoder at the smallest map; default 768 (unet) or 512 (light)."""
-    size: int | None = None
-    """Side of the training crop in pixels; default: the backbone's own input size."""
+    shared_mask: bool = False
+    """One mask for all images of a batch."""
+    size: int | tuple[int, int] | None = None
+    """Side, or height and width, of the training crop in pixels; default: the backbone's own input size."""
     crop_scale: tuple[float, float] = (0.67, 1.0)
     """Range of the random crop's area."""
     interpolation: str = "bicubic"
@@ -69,9 +71,11 @@ class SparkConfig:
         transform: Transform = crop_flip(size, scale=self.crop_scale, interpolation=self.interpolation, flip=self.flip)
         return transform
 
-    def crop_size(self, backbone: Backbone) -> int:
-        """Side of the training crop in pixels."""
-        return self.size or backbone.preprocessing.size[0]
+    def crop_size(self, backbone: Backbone) -> tuple[int, int]:
+        """Height and width of the training crop in pixels."""
+        if self.size is None:
+            return backbone.preprocessing.size
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 class Spark(Objective):
@@ -81,6 +85,7 @@ class Spark(Objective):
         super().__init__()
         self.backbone = backbone
         self.mask_ratio = config.mask_ratio
+        self.shared_mask = config.shared_mask
         self.mask_unit = config.mask_unit or backbone.stride
         _check_sizes(backbone, self.mask_unit, config.crop_size(backbone))
         self.scales = hierarchy(backbone)  # small to large
@@ -115,9 +120,9 @@ class Spark(Objective):
         return StepOutput(loss)
 
     def draw_units(self, images: Tensor) -> VisibleUnits:
-        """A random mask for each image."""
+        """A random mask for each image, or for all of them."""
         grid = (images.shape[-2] // self.mask_unit, images.shape[-1] // self.mask_unit)
-        return VisibleUnits.draw(len(images), grid, self.mask_ratio, device=images.device)
+        return VisibleUnits.draw(len(images), grid, self.mask_ratio, device=images.device, shared=self.shared_mask)
 
     def encode(self, images: Tensor, units: VisibleUnits) -> list[Tensor]:
         """Features of the visible units at every scale, small to large, each (B*K, C, b, b)."""
@@ -178,14 +183,15 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (patches.var(dim=(1, 2, 3), keepdim=True) + 1e-6).sqrt()
 
 
-def _check_sizes(backbone: Backbone, mask_unit: int, size: int) -> None:
+def _check_sizes(backbone: Backbone, mask_unit: int, size: tuple[int, int]) -> None:
     stride = backbone.stride
     if stride & (stride - 1):
         raise UserError(f"SparK needs a total stride that is a power of two; {backbone.arch} has {stride}")
     if mask_unit % stride:
         raise UserError(f"--mask-unit {mask_unit} is no multiple of {backbone.arch}'s total stride {stride}")
-    if size % mask_unit or size // mask_unit < 2:
+    if any(side % mask_unit for side in size) or (size[0] // mask_unit) * (size[1] // mask_unit) < 2:
+        shown = " ".join(map(str, sorted(set(size), key=size.index)))
         raise UserError(
-            f"--size {size} must be a multiple of the mask unit ({mask_unit} px), at least twice it; "
+            f"--size {shown} must be a multiple of the mask unit ({mask_unit} px), and hold two of them; "
             "pass --size, --mask-unit, or a backbone with a smaller stride"
         )

@@ -6,6 +6,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
@@ -16,12 +17,46 @@ from convscope.core.backbone import Stage
 from convscope.ssl.sparse.units import VisibleUnits
 
 
+class UpSample(nn.ConvTranspose2d):
+    """A transposed convolution; on a CPU its bias has its gradient computed apart, for the library's way doubles the
+    time of the whole backward pass."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C', 2H, 2W)."""
+        if x.device.type != "cpu":
+            return super().forward(x, output_size)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.autocast("cpu", enabled=False):
+            parameters = self.weight.to(dtype), self.bias.to(dtype)  # type: ignore[union-attr]
+            out: Tensor = _Transposed.apply(x.to(dtype), *parameters, self.stride, self.padding)
+        return out
+
+
+class _Transposed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return nn.functional.conv_transpose2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        needed = [ctx.needs_input_grad[0], True, False]
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, ctx.stride, ctx.padding, [1, 1], True, [0, 0], 1, needed
+        )
+        return of_x, of_weight, gradient.sum((0, 2, 3)), None, None
+
+
 class UNetBlock(nn.Module):
     """Doubles the resolution: transposed convolution, then two 3x3 convolutions."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.up_sample = nn.ConvTranspose2d(width, width, kernel_size=4, stride=2, padding=1)
+        self.up_sample = UpSample(width, width, kernel_size=4, stride=2, padding=1)
         self.conv = nn.Sequential(
             nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
             nn.BatchNorm2d(width),

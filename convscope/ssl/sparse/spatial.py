@@ -143,11 +143,15 @@ class Geometry:
 def choose_form(geometry: Geometry, x: Tensor, units: VisibleUnits) -> Form:
     """The form that was fastest for such a layer on units x (B*K, C, b, b); see benchmarks/spark_step.md."""
     side = x.shape[-1]
-    if geometry.groups > 1:
-        return "depthwise" if geometry.depthwise and geometry.same and x.device.type == "cpu" else "dense"
-    if geometry.patch:
-        return "patch"
-    return "halo" if side > 16 or (side > 4 and geometry.stride == 1) else "taps"
+    if geometry.groups == 1:
+        if geometry.patch:
+            return "patch"
+        return "halo" if side > 16 or (side > 4 and geometry.stride == 1) else "taps"
+    height, width = geometry.wide(side)
+    if units.count * height * width < units.grid[0] * units.grid[1] * side * side:  # fewer values than the whole map
+        return "halo"
+    taps = (geometry.y.reach + 1) * (geometry.x.reach + 1)
+    return "depthwise" if geometry.depthwise and geometry.same and taps > 9 and x.device.type == "cpu" else "dense"
 
 
 def compute_dtype(x: Tensor, groups: int) -> torch.dtype:

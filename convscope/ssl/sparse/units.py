@@ -37,13 +37,22 @@ class VisibleUnits:
 
     @classmethod
     def draw(
-        cls, batch: int, grid: tuple[int, int], mask_ratio: float, *, device: torch.device | str = "cpu"
+        cls,
+        batch: int,
+        grid: tuple[int, int],
+        mask_ratio: float,
+        *,
+        device: torch.device | str = "cpu",
+        shared: bool = False,
     ) -> "VisibleUnits":
-        """Keep round(h*w*(1 - mask_ratio)) units of each image, uniformly at random (at least one, not all)."""
+        """Keep round(h*w*(1 - mask_ratio)) units of each image, uniformly at random (at least one, not all).
+
+        `shared`: the same ones in every image.
+        """
         total = grid[0] * grid[1]
         keep = min(max(round(total * (1 - mask_ratio)), 1), total - 1)
-        noise = torch.rand(batch, total, device=device)
-        return cls(noise.argsort(dim=1)[:, :keep].sort(dim=1).values, grid)
+        noise = torch.rand(1 if shared else batch, total, device=device)
+        return cls(noise.argsort(dim=1)[:, :keep].sort(dim=1).values.expand(batch, -1), grid)
 
     @classmethod
     def from_mask(cls, visible: Tensor) -> "VisibleUnits":

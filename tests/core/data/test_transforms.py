@@ -76,6 +76,17 @@ def test_training_crop():
     assert torch.equal(first, transform(image))
 
 
+def test_a_rectangular_crop_is_not_distorted():
+    """A crop of the ratio 1 has the shape of what it is resized to."""
+    x, y = np.meshgrid(np.arange(240, dtype=np.uint8), np.arange(240, dtype=np.uint8))
+    image = Image.fromarray(np.dstack([x, y, np.zeros_like(x)]))
+    pixels = crop_flip((60, 120), scale=(0.3, 0.3), ratio=(1.0, 1.0), flip=False)(image)
+    assert pixels.shape == (3, 60, 120)
+    across, down = float(pixels[0, 30, -1] - pixels[0, 30, 0]) / 119, float(pixels[1, -1, 60] - pixels[1, 0, 60]) / 59
+    assert across == pytest.approx(down, rel=0.03)
+    assert across * 120 * down * 60 == pytest.approx(0.3 * 240**2, rel=0.05)
+
+
 def test_whole_image_without_flip_is_the_image():
     image = noise(3, (50, 50))
     transform = crop_flip(50, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False)
