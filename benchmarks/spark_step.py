@@ -1,25 +1,54 @@
-"""How long a SparK step takes: published way (dense-masked), visible units with either decoder, dense encoder alone.
+"""How long a SparK step takes: the published way, visible units with either decoder, the dense encoder alone.
 
-    python benchmarks/spark_step.py --archs resnet50 convnext_tiny convnext_small --precisions fp32 bf16
+    python benchmarks/spark_step.py
+    python benchmarks/spark_step.py --official PATH    # a checkout of github.com/keyu-tian/SparK, whose own code then
+                                                       # runs in turns with the others
 
-All variants of a row run in turns in one process (A B C A B C ...), so that a machine's moods hit them alike; the table
-has medians of the ratios within a turn.
+Each way of a row lives in a process of its own, so that its memory is its own. They take turns (A B C A B C ...), one
+at a time; the table has the median of each one's seconds, and the median over the turns of its ratio to ours.
 """
 
-import gc
+import contextlib
+import io
 import itertools
 import json
+import multiprocessing
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from convscope.core.backbone import create_backbone
+from convscope.core.memory import keep_freed_memory
 from convscope.ssl.objectives.spark import Spark, SparkConfig, hierarchy
+from convscope.ssl.objectives.spark_decoders import UpSample
+
+Step = Callable[[], Tensor]
+
+# name: what runs, and whether its process keeps freed memory as `convscope pretrain` does
+ENCODER = {
+    "ours": ("units", True),
+    "published": ("published", False),
+    "published, memory kept": ("published", True),
+    "dense encoder": ("dense", True),
+}
+STEP = {
+    "ours, unet": ("unet", True),
+    "ours, light": ("light", True),
+    "published": ("published", False),
+    "published, memory kept": ("published", True),
+    "dense encoder": ("dense", True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,98 +57,205 @@ class Settings:
 
     archs: tuple[str, ...] = ("resnet50", "convnext_tiny", "convnext_small")
     precisions: tuple[str, ...] = ("fp32", "bf16")
+    parts: tuple[str, ...] = ("encoder", "step")
     size: int = 224
     batch_size: int = 16
     rounds: int = 7
     device: str = "cpu"
-    threads: int = 0
-    """0: as torch chooses."""
-    parts: tuple[str, ...] = ("encoder", "step")
+    official: Path | None = None
+    shared_mask: bool = False
+    """Add our unet step with one mask for the batch."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of computing one row."""
+
+    arch: str
+    precision: str
+    part: str
+    way: str
+    keep: bool
 
 
 def main(settings: Settings) -> None:
-    """Measure every row and print a table."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    """Measure every row; a line of JSON for each."""
     for arch, precision, part in itertools.product(settings.archs, settings.precisions, settings.parts):
-        seconds = measure(variants(arch, precision, part, settings), settings)
-        base = seconds["units" if part == "encoder" else "unet"]
-        row = {"arch": arch, "precision": precision, "part": part}
-        row |= {f"{name} s": round(statistics.median(values), 3) for name, values in seconds.items()}
-        for name, values in seconds.items():
-            row[f"{name} / ours"] = round(statistics.median(v / b for v, b in zip(values, base)), 2)
-        print(json.dumps(row), flush=True)
+        ways = dict(ENCODER if part == "encoder" else STEP)
+        if settings.official:
+            ways["official"] = ("official", False)
+        if settings.shared_mask and part == "step":
+            ways["ours, unet, shared mask"] = ("shared", True)
+        cases = {name: Case(arch, precision, part, way, keep) for name, (way, keep) in ways.items()}
+        print(
+            json.dumps({"arch": arch, "precision": precision, "part": part, "ways": row(cases, settings)}), flush=True
+        )
 
 
-def variants(arch: str, precision: str, part: str, settings: Settings) -> dict[str, Callable[[], None]]:
-    """Named steps, forward and backward, of one network."""
+def row(cases: dict[str, Case], settings: Settings) -> dict[str, dict[str, float]]:
+    """Seconds, ratio to the first way, FLOPs, memory of each way."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    facts: dict[str, dict[str, float]] = {}
+    for name, case in cases.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, case, settings), daemon=True).start()
+        theirs.close()  # so that a process that dies ends the wait for it
+        facts[name] = pipes[name].recv()  # built and warm
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(settings.rounds):
+        for name, pipe in pipes.items():
+            pipe.send("step")
+            seconds[name].append(pipe.recv())
+    for name, pipe in pipes.items():
+        pipe.send("end")
+        facts[name]["peak MB"] = pipe.recv()
+    ours = seconds[next(iter(cases))]
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        facts[name] |= {
+            "seconds": round(median, 3),
+            "of ours": round(statistics.median(value / base for value, base in zip(values, ours)), 2),
+            "images/s": round(settings.batch_size / median, 1),
+            "share of peak": round(facts[name]["GFLOP"] / median / facts[name]["peak GFLOP/s"], 2),
+        }
+    return facts
+
+
+def serve(pipe: Connection, case: Case, settings: Settings) -> None:
+    """Build one way, then run a step whenever asked."""
+    if case.keep:
+        keep_freed_memory()
     device = torch.device(settings.device)
-    images = torch.randn(settings.batch_size, 3, settings.size, settings.size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    plain = images.contiguous()
-    cast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    forward, module = build(case, settings, device)
 
-    def built(**options: object) -> Spark:
-        torch.manual_seed(0)
-        objective = SparkConfig(size=settings.size, **options).build(create_backbone(arch, {}, seed=0))  # type: ignore[arg-type]
-        layout = torch.contiguous_format if objective.reference else torch.channels_last  # as the published code runs
-        return objective.to(device=device, memory_format=layout).train()  # type: ignore[call-overload,no-any-return]
-
-    dense = create_backbone(arch, {}, seed=0).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    names = [dense.stages[i].name for i in hierarchy(dense)]
-
-    def dense_step() -> None:
-        with cast:
-            total = sum(feature_map.float().mean() for feature_map in dense.feature_maps(images, names).values())
-        backward(total, dense)
-
-    def layout(objective: Spark) -> Tensor:
-        return plain if objective.reference else images
-
-    def encoder_step(objective: Spark) -> Callable[[], None]:
-        def step() -> None:
-            with cast:
-                features = objective.encode(layout(objective), objective.draw_units(images))
-                total = sum(units.float().mean() for units in features)
-            backward(total, objective)
-
-        return step
-
-    def whole_step(objective: Spark) -> Callable[[], None]:
-        def step() -> None:
-            with cast:
-                loss = objective({"image": layout(objective)}).loss
-            backward(loss, objective)
-
-        return step
-
-    def backward(loss: object, module: nn.Module) -> None:
-        loss.backward()  # type: ignore[attr-defined]
+    def step() -> float:
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=case.precision == "bf16"):
+            loss = forward()
+        loss.backward()
         module.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-    if part == "encoder":
-        return {"published": encoder_step(built(reference=True)), "units": encoder_step(built()), "dense": dense_step}
-    return {
-        "published": whole_step(built(reference=True)),
-        "unet": whole_step(built()),
-        "light": whole_step(built(decoder="light")),
-        "dense encoder": dense_step,
-    }
+    pipe.send(
+        {
+            "GFLOP": round(count_flops(step) / 1e9, 1),
+            "saved MB": round(saved_bytes(forward, module, case, device) / 2**20),
+            "peak GFLOP/s": round(peak_flops(device, case.precision) / 1e9),
+        }
+    )
+    step()
+    while pipe.recv() == "step":
+        pipe.send(step())
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * usage()
+    pipe.send(round(peak / 2**20))
 
 
-def measure(steps: dict[str, Callable[[], None]], settings: Settings) -> dict[str, list[float]]:
-    """Seconds of each step in each round, in turns, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(settings.rounds + 1):
-        for name, step in steps.items():
-            gc.collect()
-            start = time.perf_counter()
-            step()
-            if settings.device != "cpu":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def usage() -> int:
+    """The most memory that this process has held, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def build(case: Case, settings: Settings, device: torch.device) -> tuple[Step, nn.Module]:
+    """The forward pass to a scalar, and the module that it runs."""
+    images = torch.randn(settings.batch_size, 3, settings.size, settings.size, device=device)
+    if case.way == "official":
+        assert settings.official is not None
+        return build_official(case, settings.official, images)
+    last = torch.contiguous_format if case.way == "published" else torch.channels_last  # as the published code runs
+    images = images.contiguous(memory_format=last)
+    backbone = create_backbone(case.arch, {}, seed=0)
+    if case.way == "dense":
+        backbone = backbone.to(device=device, memory_format=last).train()  # type: ignore[call-overload]
+        names = [backbone.stages[i].name for i in hierarchy(backbone)]
+        return lambda: total(list(backbone.feature_maps(images, names).values())), backbone
+    config = SparkConfig(
+        size=settings.size,
+        decoder="light" if case.way == "light" else "unet",
+        reference=case.way == "published",
+        shared_mask=case.way == "shared",
+    )
+    objective: Spark = config.build(backbone).to(device=device, memory_format=last).train()  # type: ignore[call-overload]
+    if case.way == "published":
+        for layer in objective.modules():
+            if isinstance(layer, UpSample):
+                layer.__class__ = nn.ConvTranspose2d  # its stock self
+    if case.part == "encoder":
+        return lambda: total(objective.encode(images, objective.draw_units(images))), objective
+    return lambda: objective({"image": images}).loss, objective
+
+
+def build_official(case: Case, path: Path, images: Tensor) -> tuple[Step, nn.Module]:
+    """The same from SparK's own code."""
+    import timm.layers
+
+    sys.modules.setdefault("timm.models.layers", timm.layers)  # its old name
+    sys.path.insert(0, str(path / "pretrain"))
+    import decoder
+    import encoder
+    import models
+    import spark
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        sparse = models.build_sparse_encoder(case.arch, input_size=images.shape[-1], sbn=False, drop_path_rate=0.0)
+        dense = decoder.LightDecoder(sparse.downsample_raito, sbn=False)
+        norm = "ln" if case.arch.startswith("convnext") else "bn"
+        whole: Any = spark.SparK(sparse, dense, densify_norm=norm).to(images.device).train()
+
+    def encode() -> Tensor:
+        active = whole.mask(len(images), images.device)
+        encoder._cur_active = active
+        ratio = whole.downsample_raito
+        return total(whole.sparse_encoder(images * active.repeat_interleave(ratio, 2).repeat_interleave(ratio, 3)))
+
+    return (encode if case.part == "encoder" else lambda: whole(images)), whole
+
+
+def total(maps: list[Tensor]) -> Tensor:
+    """A scalar that depends on every feature map."""
+    return torch.stack([feature_map.float().mean() for feature_map in maps]).sum()
+
+
+def count_flops(step: Callable[[], float]) -> int:
+    """Multiplications and additions of convolutions and matrix products, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def saved_bytes(forward: Step, module: nn.Module, case: Case, device: torch.device) -> int:
+    """What the forward pass keeps for the backward pass, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    sizes: dict[int, int] = {}
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # so that no address is used twice
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast(device.type, dtype=torch.bfloat16, enabled=case.precision == "bf16"):
+        loss = forward()
+    del loss
+    return sum(sizes.values())
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """What this machine reaches in one large matrix product, the best of ten."""
+    matrix = torch.randn(4096, 4096, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 4096**3 / best
 
 
 if __name__ == "__main__":

@@ -153,10 +153,9 @@ def _template(
     """What is the same for every unit: how many neighbours it reads on each side, which neighbour, where in it."""
 
     def axis(reads: Reads) -> tuple[tuple[int, int], Tensor, Tensor]:
-        places = torch.tensor(reads)
-        offset = places.div(side, rounding_mode="floor")
-        before, after = max(-int(offset.min()), 0), max(int(offset.max()), 0)
-        return (before, after), offset + before, places % side
+        units = [[place // side for place in places] for places in reads]
+        before, after = max(-min(map(min, units)), 0), max(*map(max, units), 0)
+        return (before, after), torch.tensor(units) + before, torch.tensor(reads) % side
 
     (top, bottom), y, in_y = axis(ys)
     (left, right), x, in_x = axis(xs)
