@@ -199,6 +199,7 @@ def build_official(case: Case, path: Path, images: Tensor) -> tuple[Step, nn.Mod
     import spark
 
     with contextlib.redirect_stdout(io.StringIO()):
+        models.pretrain_default_model_kwargs.setdefault(case.arch, {"sparse": True, "drop_path_rate": 0.0})
         sparse = models.build_sparse_encoder(case.arch, input_size=images.shape[-1], sbn=False, drop_path_rate=0.0)
         dense = decoder.LightDecoder(sparse.downsample_raito, sbn=False)
         norm = "ln" if case.arch.startswith("convnext") else "bn"

@@ -208,5 +208,8 @@ def _one_line(boxed: str) -> str:
     """tyro's boxed message as plain words."""
     words = re.sub("\x1b\\[[0-9;]*m|[─-╿]", " ", boxed)
     lines = [" ".join(line.split()) for line in words.splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(("For full helptext", "Parsing error")))
-    return text.split(" Full helptext")[0].strip()
+    rule, noise = {"-"}, ("For full helptext", "Parsing error")
+    said = [line for line in lines if line and set(line) != rule and not line.startswith(noise)]
+    if len(said) > 1 and said[1].startswith(said[0]):  # a title that the first line repeats
+        said = said[1:]
+    return " ".join(said).split(" Full helptext")[0].strip()

@@ -34,7 +34,7 @@ class Recipe:
     architecture: str
     model_args: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None  # where absent, timm's for the architecture, at `size` if that is given
-    size: int | None = None
+    size: tuple[int, int] | None = None
 
 
 def load_backbone(
@@ -75,7 +75,7 @@ def load_backbone(
     if recipe.preprocessing:
         backbone.preprocessing = recipe.preprocessing
     elif recipe.size:
-        backbone.preprocessing = replace(backbone.preprocessing, size=(recipe.size, recipe.size))
+        backbone.preprocessing = replace(backbone.preprocessing, size=recipe.size)
     _fill(backbone, state, file, allow_partial)
     return backbone
 
@@ -160,7 +160,9 @@ def _stated_recipe(file: Path, metadata: Mapping[str, str]) -> Recipe | None:
     if drop_path := settings.get("drop_path"):
         arguments["drop_path_rate"] = drop_path
     size = (settings.get("objective") or {}).get("size")
-    return Recipe(architecture=settings["backbone"], model_args=arguments, size=size)
+    if isinstance(size, int):
+        size = [size, size]
+    return Recipe(architecture=settings["backbone"], model_args=arguments, size=tuple(size) if size else None)
 
 
 def _fill(backbone: Backbone, state: State, file: Path, allow_partial: float) -> None:

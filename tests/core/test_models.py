@@ -245,10 +245,10 @@ def convnext_stages(state: State, x: Tensor, depths: list[int]) -> list[Tensor]:
 # Runs and exports
 
 
-def small_run(folder: Path, backbone: Backbone) -> Path:
+def small_run(folder: Path, backbone: Backbone, size: Any = 64) -> Path:
     """A run directory with one checkpoint and the settings that made it."""
     settings = {"backbone": "resnet50", "backbone_args": ["layers=1,1,1,1", "channels=4,8,16,32"]}
-    settings |= {"drop_path": 0.1, "objective": {"size": 64}}
+    settings |= {"drop_path": 0.1, "objective": {"size": size}}
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     model = prefixed(backbone.model.state_dict(), "backbone.model.") | {"reconstruction.weight": torch.ones(2)}
@@ -266,6 +266,12 @@ def test_unfinished_run_is_read_from_its_newest_checkpoint(tmp_path: Path):
         assert backbone.arch == "resnet50"
         assert backbone.preprocessing.size == (64, 64)
         assert backbone.model_args["drop_path_rate"] == 0.1
+
+
+@pytest.mark.parametrize(("size", "expected"), [([64, 96], (64, 96)), (None, (224, 224))])
+def test_unfinished_run_says_what_images_it_was_trained_on(tmp_path: Path, size: Any, expected: tuple[int, int]):
+    run = small_run(tmp_path / "run", create_backbone("resnet50", RESNET, seed=3), size)
+    assert load_backbone(str(run)).preprocessing.size == expected
 
 
 def test_unfinished_run_with_a_moving_average_gives_the_average(tmp_path: Path):

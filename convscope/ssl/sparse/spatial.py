@@ -2,11 +2,12 @@
 
 A unit needs its neighbours' borders. *halo* reads them, zero where masked, and convolves without padding; *taps* reads
 every output's inputs side by side and makes the convolution one matrix product, which pays for small units. Both read
-in backward too: the gradient of an input is a gather of the outputs that read it, never a sum over scattered rows.
+in backward too: the gradient of an input is a gather of the outputs that read it, not a sum over scattered rows.
 *depthwise* and *dense* put the units back into a map, where neighbours already lie side by side. *patch* is for
 kernels as large as their stride: a unit needs no neighbour, and the convolution is one matrix product.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -413,11 +414,17 @@ class _MaxPool(torch.autograd.Function):
             gradient, empty, [axis.kernel] * 2, [axis.stride] * 2, [0, 0], [1, 1], False, chosen
         )
         before = axis.halo(side)[0]
-        own = torch.zeros(wide, wide, dtype=torch.bool, device=read.device)
-        own[before : before + side, before : before + side] = True
-        rows = to_rows(spread).view(count, wide * wide, channels)
         inner = spread[..., before : before + side, before : before + side]
-        total = with_border(to_rows(inner))
-        outer = ~own.flatten()
-        total.index_add_(0, read.view(count, -1)[:, outer].flatten(), rows[:, outer].flatten(0, 1))
+        total = with_border(to_rows(inner))  # what neighbours read goes back to them, what nobody has to the border
+        around = _around(side, before, wide, read.device)
+        rows = to_rows(spread).view(count, wide * wide, channels).index_select(1, around)
+        total.index_add_(0, read.view(count, -1).index_select(1, around).flatten(), rows.flatten(0, 1))
         return to_map(total[:-2], count, side, side), None, None
+
+
+@functools.lru_cache(maxsize=64)
+def _around(side: int, before: int, wide: int, device: torch.device) -> Tensor:
+    """Numbers of the places of a unit with its halo that are not the unit's own."""
+    own = range(before, before + side)
+    places = [y * wide + x for y in range(wide) for x in range(wide) if not (y in own and x in own)]
+    return torch.tensor(places, dtype=torch.int64, device=device)
