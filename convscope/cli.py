@@ -33,6 +33,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("shards", "build"): Command(
         "convscope.core.data.build", "BuildConfig", "pack a folder, zip, table or data set into webdataset shards"
     ),
+    ("shards", "convert"): Command(
+        "convscope.core.data.build", "BuildConfig", "the same, of Hugging Face (arrow, parquet) and torchvision sets"
+    ),
     ("shards", "check"): Command(
         "convscope.core.data.check", "CheckConfig", "find truncated tars, corrupt images, wrong counts"
     ),

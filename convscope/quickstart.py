@@ -89,7 +89,7 @@ def run(config: QuickstartConfig) -> None:
 def pretraining(config: QuickstartConfig, data: str) -> SparkCommand:
     """The recipe; benchmarks/quickstart.md tells how it was found."""
     return SparkCommand(
-        data=data,
+        data=(data,),
         output_dir=config.output_dir / "spark",
         backbone=config.backbone,
         backbone_args=config.backbone_args,

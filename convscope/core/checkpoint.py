@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -136,17 +137,26 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the lines of steps after `step`: they are about to be computed again."""
-        file = self.path / "metrics.jsonl"
-        if not self.main or not file.exists():
-            return
-        kept = []
-        for line in file.read_text().splitlines():
-            with suppress(ValueError):  # a kill may have cut the last line
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_bytes(file, "".join(kept).encode())
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl and skipped.jsonl of steps after `step`: they are about to come again."""
+        for name in ("metrics.jsonl", "skipped.jsonl"):
+            file = self.path / name
+            if self.main and file.exists():
+                kept = [json.dumps(line) + "\n" for line in _whole_lines(file) if line["step"] <= step]
+                write_bytes(file, "".join(kept).encode())
+
+    def skipped_by_cause(self) -> Counter[str]:
+        """How many samples were skipped, for each cause."""
+        return Counter(str(line["cause"]) for line in _whole_lines(self.path / "skipped.jsonl"))
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file, if it exists; a kill may have cut its last line."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def latest_checkpoint(run: Path) -> Path | None:

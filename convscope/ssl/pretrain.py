@@ -17,7 +17,7 @@ from convscope.core import distributed
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.checkpoint import RunDirectory
 from convscope.core.config import parse_assignments
-from convscope.core.data.shard_set import open_shards
+from convscope.core.data.shard_set import ShardSet, open_shards
 from convscope.core.data.stream import Transform
 from convscope.core.data.transforms import Normalize
 from convscope.core.errors import UserError
@@ -52,8 +52,11 @@ class ObjectiveConfig(Protocol):
 class PretrainCommand:
     """What every pretraining run is told, whatever its objective."""
 
-    data: str
-    """Folder of shards (see `convscope shards build`), or builtin:shapes."""
+    data: tuple[str, ...]
+    """Folder of shards (see `convscope shards build`), brace pattern of tars, URLs or pipe: commands, builtin:shapes;
+    several are mixed."""
+    data_weights: tuple[float, ...] = ()
+    """Weight of each source of the mixture; without, every sample comes once an epoch."""
     output_dir: Path
     """Run directory; the same command continues a run that is there."""
     backbone: str = "resnet50"
@@ -104,7 +107,7 @@ def pretrain(config: PretrainCommand) -> None:
     with distributed.process_group(device):
         main = distributed.is_main()
         objective_config = config.objective_config()
-        shards = open_shards(config.data, config.split)
+        shards = ShardSet.joined([open_shards(source, config.split) for source in config.data])
         arguments = parse_assignments(config.backbone_args) | (
             {"drop_path_rate": config.drop_path} if config.drop_path else {}
         )
@@ -113,7 +116,12 @@ def pretrain(config: PretrainCommand) -> None:
         torch.manual_seed(config.train.seed)  # the objective's own weights
         objective = objective_config.build(backbone)
         normalize = Normalize(backbone.preprocessing.mean, backbone.preprocessing.std)
-        data = TrainData(shards=shards, transform=objective_config.transform(backbone), normalize=normalize)
+        data = TrainData(
+            shards=shards,
+            transform=objective_config.transform(backbone),
+            normalize=normalize,
+            weights=config.data_weights or None,
+        )
         with RunDirectory(config.output_dir, main=main) as run_dir:
             run_dir.claim(config, RESUMABLE)
             if main:

@@ -26,7 +26,7 @@ class BuildConfig:
     """Pack images into shards with a global shuffle; a build that was stopped goes on where it was."""
 
     source: tyro.conf.Positional[str]
-    """Folder, zip, csv/tsv/parquet table, torchvision:NAME or builtin:shapes."""
+    """Folder, zip, csv/tsv/parquet table, Hugging Face set (arrow, parquet), torchvision:NAME or builtin:shapes."""
     dest: tyro.conf.Positional[str]
     """Folder for the shards: DEST/SPLIT/SPLIT-000000.tar."""
     split: str | None = None

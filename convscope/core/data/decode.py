@@ -37,7 +37,7 @@ def decode(sample: Sample) -> Image.Image:
     """
     key = str(sample["__key__"])
     try:
-        image = Image.open(io.BytesIO(_image_bytes(sample, key)))
+        image = Image.open(io.BytesIO(image_bytes(sample)))
         image.load()
         return _to_rgb(_upright(image))
     except UserError:
@@ -47,7 +47,13 @@ def decode(sample: Sample) -> Image.Image:
         raise DecodeError(key, " ".join(str(cause).split()) or type(error).__name__) from error
 
 
-def _image_bytes(sample: Sample, key: str) -> bytes:
+def image_bytes(sample: Sample) -> bytes:
+    """The encoded image among the sample's members; of several, the first in the order of IMAGE_SUFFIXES.
+
+    Raises:
+        DecodeError: there is none, or it is empty.
+    """
+    key = str(sample["__key__"])
     found = [suffix for suffix in sample if is_image(suffix)]
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in found), found[0] if found else "")
     data = sample.get(suffix)

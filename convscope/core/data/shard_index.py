@@ -129,17 +129,15 @@ def load_index(path: Path) -> NDArray[np.int64]:
         UserError: the sidecar or the tar is unreadable or too short, or they do not belong together.
     """
     try:
-        stored = index_path(path).read_bytes()
+        starts = parse_index(index_path(path).read_bytes(), str(index_path(path)))
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            starts = np.frombuffer(stored[: len(stored) // 8 * 8], "<u8").astype(np.int64)
-            if len(starts) and size < starts[-1] + BLOCK:
+            if size < starts[-1] + BLOCK:
                 raise UserError(
                     f"{path} is truncated: {size} bytes, {int(starts[-1])} and an end mark in its index; build or "
                     f"fetch it again"
                 )
-            sound = len(stored) % 8 == 0 and len(starts) > 0 and starts[0] >= 0 and bool((np.diff(starts) > 0).all())
-            sound = sound and os.pread(file.fileno(), BLOCK, int(starts[-1])) == ZEROS
+            sound = os.pread(file.fileno(), BLOCK, int(starts[-1])) == ZEROS
             if sound and len(starts) > 1:
                 _header(os.pread(file.fileno(), BLOCK, int(starts[-2])), int(starts[-2]))
     except OSError as error:
@@ -147,8 +145,24 @@ def load_index(path: Path) -> NDArray[np.int64]:
     except _DamageError:
         sound = False
     if not sound:
-        raise UserError(f"{index_path(path)} is stale, it does not fit its tar; write it anew with shards index")
+        raise _stale(str(index_path(path)))
     return starts
+
+
+def parse_index(stored: bytes, name: str) -> NDArray[np.int64]:
+    """Offsets (samples + 1,) from the bytes of a sidecar called `name`.
+
+    Raises:
+        UserError: they are no sidecar's.
+    """
+    starts = np.frombuffer(stored[: len(stored) // 8 * 8], "<u8").astype(np.int64)
+    if len(stored) % 8 or not len(starts) or starts[0] < 0 or (np.diff(starts) <= 0).any():
+        raise _stale(name)
+    return starts
+
+
+def _stale(name: str) -> UserError:
+    return UserError(f"{name} is stale, it does not fit its tar; write it anew with shards index")
 
 
 def parse_sample(data: bytes) -> Sample:

@@ -14,6 +14,7 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from convscope.core.data.decode import is_image
+from convscope.core.data.remote import RemoteShard, is_remote, shard_cache
 from convscope.core.data.shard_index import Sample, index_path, load_index, parse_sample, read_sample, scan_sound
 from convscope.core.data.shard_listing import Listing, read_listing
 from convscope.core.errors import UserError
@@ -30,7 +31,7 @@ class ShardSet:
     """Samples of one split by index, in the order of the shards.
 
     Attributes:
-        paths: the shards.
+        shards: files, or shards that lie elsewhere.
         fingerprint: changes when the bytes of the shards do; of shards made elsewhere, when names, sizes, or the bytes
             of samples spread over each shard do.
         classes: names in label order, if known.
@@ -43,7 +44,7 @@ class ShardSet:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        shards: Sequence[Path | RemoteShard],
         starts: Sequence[NDArray[np.int64]],
         *,
         fingerprint: str,
@@ -51,11 +52,51 @@ class ShardSet:
         source: str,
         split: str,
     ) -> None:
-        self.paths, self.fingerprint, self.classes = list(paths), fingerprint, classes
+        self.shards, self.fingerprint, self.classes = list(shards), fingerprint, classes
         self.source, self.split = source, split
         self._starts = list(starts)
         self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in starts)])  # index of each shard's first sample
         self._open: dict[int, _Descriptor] = {}
+        self._parts: tuple[ShardSet, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence["ShardSet"]) -> "ShardSet":
+        """All samples of several sets, one set after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls(
+            [shard for part in parts for shard in part.shards],
+            [offsets for part in parts for offsets in part._starts],
+            fingerprint=hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest(),
+            classes=parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None,
+            source=" + ".join(part.source for part in parts),
+            split=parts[0].split,
+        )
+        whole._parts = tuple(parts)
+        return whole
+
+    @property
+    def parts(self) -> "tuple[ShardSet, ...]":
+        """The sets that were joined into this one."""
+        return self._parts or (self,)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [len(offsets) - 1 for offsets in self._starts]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some of its shards have to be fetched."""
+        return any(isinstance(shard, RemoteShard) for shard in self.shards)
+
+    def prefetch(self, indices: NDArray[np.int64]) -> None:
+        """Fetch the shards of the samples at `indices`, those out of range aside, in the background."""
+        inside = indices[(indices >= 0) & (indices < len(self))]
+        for number in np.unique(np.searchsorted(self._first, inside, "right") - 1).tolist():
+            shard = self.shards[number]
+            if isinstance(shard, RemoteShard):
+                shard.cache.prefetch([shard.url])
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -82,10 +123,10 @@ class ShardSet:
                 return read_sample(lambda at, count: descriptor.read(start + at, count), stop - start, keep)
             return parse_sample(descriptor.read(start, stop - start))
         except OSError as error:
-            raise UserError(f"cannot read {self.paths[shard]}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {self.shards[shard]}: {error.strerror or error}") from error
         except UserError as error:
             raise UserError(
-                f"{self.paths[shard]}: bytes {start} to {stop} are {error}; the index is stale or the shard damaged: "
+                f"{self.shards[shard]}: bytes {start} to {stop} are {error}; the index is stale or the shard damaged: "
                 f"see shards check"
             ) from error
 
@@ -94,15 +135,15 @@ class ShardSet:
         if descriptor is None:
             if len(self._open) >= MAX_OPEN:
                 self._open = {}  # a reader in another thread keeps the one it uses alive
-            descriptor = self._open[shard] = _Descriptor(self.paths[shard])
+            descriptor = self._open[shard] = _Descriptor(self.shards[shard])
         return descriptor
 
 
 class _Descriptor:
     """An open file, closed when nobody refers to it. `pread` has no position to share, so forks may share it."""
 
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, shard: Path | RemoteShard) -> None:
+        self.number = shard.open() if isinstance(shard, RemoteShard) else os.open(shard, os.O_RDONLY)
 
     def read(self, offset: int, count: int) -> bytes:
         return os.pread(self.number, count, offset)
@@ -129,10 +170,12 @@ def open_shards(source: str, split: str) -> ShardSet:
         return _open_folder(cached() / split, source, split)
     if source.startswith("builtin:"):
         raise UserError(f"there is no data set {source}; there is builtin:shapes")
+    if is_remote(source):
+        return _open_remote(source, split)
     path = Path(source).expanduser()
     if not path.is_dir():
         paths = _expand(path)
-        return _open_paths(paths, source, path.absolute().parent.name, _classes(path.parent))
+        return _open_all(paths, source, path.absolute().parent.name, _classes(path.parent))
     if _tars(path) and not _tars(path / split):
         return _open_folder(path, source, path.absolute().name)
     return _open_folder(path / split, source, split)
@@ -164,11 +207,20 @@ def label_of(sample: Sample, field: str = "cls") -> int:
         raise UserError(f"{where}: its label {field!r} is {value!r}, not an integer") from None
 
 
-def _expand(pattern: Path) -> list[Path]:
+def _open_remote(source: str, split: str) -> ShardSet:
+    cache = shard_cache()
+    return _open_all([RemoteShard(url, cache) for url in _braces(source)], source, split, None)
+
+
+def _braces(pattern: str) -> list[str]:
     try:
-        paths = [Path(name) for name in braceexpand(str(pattern))]
+        return list(braceexpand(pattern))
     except ValueError as error:  # unbalanced braces
         raise UserError(f"{pattern}: {error}") from error
+
+
+def _expand(pattern: Path) -> list[Path]:
+    paths = [Path(name) for name in _braces(str(pattern))]
     if missing := [path for path in paths if not path.is_file()]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]} does not exist{more}; give a folder of shards, a .tar, or builtin:shapes")
@@ -192,7 +244,7 @@ def _open_folder(folder: Path, source: str, split: str) -> ShardSet:
         raise UserError(f"{folder} is not finished; run convscope shards build again")
     if not (paths := _tars(folder)):
         raise UserError(f"{folder} holds no .tar files")
-    return _open_paths(paths, source, split, classes)
+    return _open_all(paths, source, split, classes)
 
 
 def _open_listed(folder: Path, listing: Listing, source: str, split: str, classes: list[str] | None) -> ShardSet:
@@ -204,40 +256,50 @@ def _open_listed(folder: Path, listing: Listing, source: str, split: str, classe
             raise UserError(f"{path} is {state if found else 'missing'}; build or fetch it again")
     if extra := [path for path in _tars(folder) if path not in sizes]:
         raise UserError(f"{extra[0]} is not in {folder / 'shards.json'}; delete it, or shards.json")
-    shards = _open_paths(list(sizes), source, split, classes, listing.fingerprint)
+    shards = _open_all(list(sizes), source, split, classes, listing.fingerprint)
     if len(shards) != listing.samples:
         raise UserError(f"{folder} holds {len(shards)} samples, {listing.samples} in shards.json; see shards check")
     return shards
 
 
-def _open_paths(
-    paths: Sequence[Path], source: str, split: str, classes: list[str] | None, fingerprint: str | None = None
+def _open_all(
+    shards: Sequence[Path | RemoteShard],
+    source: str,
+    split: str,
+    classes: list[str] | None,
+    fingerprint: str | None = None,
 ) -> ShardSet:
     with ThreadPoolExecutor(OPENERS) as pool:
-        starts = list(pool.map(_starts, paths))
+        starts = list(pool.map(_starts, shards))
     if sum(len(offsets) - 1 for offsets in starts) == 0:
         raise UserError(f"{source}: the shards of split {split!r} hold no samples")
-    fingerprint = fingerprint or _fingerprint(paths, starts)
-    return ShardSet(paths, starts, fingerprint=fingerprint, classes=classes, source=source, split=split)
+    fingerprint = fingerprint or _fingerprint(shards, starts)
+    return ShardSet(shards, starts, fingerprint=fingerprint, classes=classes, source=source, split=split)
 
 
-def _starts(path: Path) -> NDArray[np.int64]:
+def _starts(shard: Path | RemoteShard) -> NDArray[np.int64]:
     """Sample offsets from the sidecar; a shard made elsewhere has none, and gets one if its folder can be written."""
-    if index_path(path).exists():
-        return load_index(path)
-    starts = scan_sound(path)
+    if isinstance(shard, RemoteShard):
+        return shard.starts()
+    if index_path(shard).exists():
+        return load_index(shard)
+    starts = scan_sound(shard)
     with suppress(UserError):  # a read-only folder
-        write_bytes(index_path(path), starts.astype("<u8").tobytes())
+        write_bytes(index_path(shard), starts.astype("<u8").tobytes())
     return starts
 
 
-def _fingerprint(paths: Sequence[Path], starts: Sequence[NDArray[np.int64]]) -> str:
+def _fingerprint(shards: Sequence[Path | RemoteShard], starts: Sequence[NDArray[np.int64]]) -> str:
     digest = hashlib.sha256()
-    for path, offsets in zip(paths, starts):
-        digest.update(f"{path.name}:{path.stat().st_size}:{len(offsets)}\n".encode())
+    for shard, offsets in zip(shards, starts):
+        if isinstance(shard, RemoteShard):  # its bytes are far away
+            digest.update(f"{shard.url}:{len(offsets)}\n".encode())
+            digest.update(offsets.astype("<u8").tobytes())
+            continue
+        digest.update(f"{shard.name}:{shard.stat().st_size}:{len(offsets)}\n".encode())
         digest.update(offsets.astype("<u8").tobytes())
         spread = np.linspace(0, len(offsets) - 2, min(PRINTED, len(offsets) - 1)).astype(int)
-        with open(path, "rb") as file:  # samples of equal size leave offsets alone
+        with open(shard, "rb") as file:  # samples of equal size leave offsets alone
             for start, stop in zip(offsets[spread].tolist(), offsets[spread + 1].tolist()):
                 file.seek(start)
                 digest.update(file.read(min(stop - start, PRINTED_BYTES)))

@@ -69,7 +69,7 @@ def open_source(
     """Find out what `source` is.
 
     Args:
-        source: a folder, zip or table, `torchvision:NAME`, or `builtin:shapes`.
+        source: a folder, zip or table, a Hugging Face data set on disk, `torchvision:NAME`, or `builtin:shapes`.
         columns: names of a table's columns.
         split: the only split wanted, for sources that fetch splits separately.
         data_root: where torchvision keeps its files.
@@ -84,6 +84,12 @@ def open_source(
 
         return TorchvisionSource(source.partition(":")[2], split=split, root=data_root)
     path = Path(source)
+    if path.suffix in (".arrow", ".parquet") or path.is_dir():
+        from convscope.core.data.arrow_sets import ArrowSource, arrow_files, holds_images
+
+        files = arrow_files(path) if path.exists() else []
+        if files and holds_images(files[0]):
+            return ArrowSource(path, columns or Columns())
     if path.is_dir():
         return FolderSource(path)
     if not path.exists():

@@ -20,17 +20,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convscope.core.data.decode import DecodeError, decode
-from convscope.core.data.order import Order
-from convscope.core.data.shard_set import ShardSet, label_of
+from convscope.core.data.crop import RandomCrop
+from convscope.core.data.decode import DecodeError, decode, image_bytes
+from convscope.core.data.order import Mixed, Order, Shuffled, ShuffledInGroups
+from convscope.core.data.shard_set import Sample, ShardSet, label_of
 from convscope.core.errors import UserError
 
-Transform = Callable[[Image.Image], Tensor]  # RGB -> uint8 (3, H, W)
+Transform = Callable[[Image.Image], Tensor]  # RGB -> uint8 (3, H, W), or (views, 3, H, W)
 Batch = dict[str, Any]
 Indices = NDArray[np.int64] | Sequence[int]
 
 MAX_IN_A_ROW = 100  # samples that may fail one after the other before a substitute is found
 MARGIN = 5.0  # standard deviations by which the count of skipped samples may exceed its share: they come at random
+GROUP = 16  # shards that have to be fetched before samples can be shuffled over them
 PARENT_CHECK = 0.5  # seconds between two looks of a worker at whether its parent lives
 
 
@@ -47,7 +49,10 @@ def train_batches(
     world: int = 1,
     label: str | None = None,
     indices: Indices | None = None,
+    weights: Sequence[float] | None = None,
     max_skipped: float = 1e-3,
+    exact: bool = True,
+    pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
     """Batches of this rank: positions start + rank, start + rank + world, ... below `stop`.
 
@@ -63,18 +68,39 @@ def train_batches(
         world: number of processes that share the stream.
         label: member or json field to yield as `label`.
         indices: samples to train on; default all.
+        weights: of the parts of `shards`; without, each sample comes once an epoch.
         max_skipped: share of samples that may be replaced, because they cannot be decoded, by the next position's.
+        exact: decode whole images and let `transform` work on them; otherwise a RandomCrop is cut straight from the
+            bytes where these are JPEG: the same crops, pixels all but the same, twice as fast.
+        pin_memory: page-lock the batches, for copies to a GPU that wait for nothing.
 
     Yields:
-        image uint8 (B, 3, H, W), index int64 (B,), label int64 (B,) if asked for, skipped [(key, cause)].
+        image uint8 (B, 3, H, W) in channels-last memory, index int64 (B,), label int64 (B,) if asked for, and skipped
+        [(key, cause)].
 
     Raises:
         UserError: too many samples cannot be decoded, a label is missing, a shard is damaged.
     """
-    order = Order(len(shards) if indices is None else len(indices), seed)
+    order = order_of(shards, seed, weights=weights, indices=indices)
     positions = range(start + rank, stop, world)
-    batches = _Batches(shards, transform, positions, batch_size, label, seed, _as_array(indices), order)
-    return _limit_skipped(_load(batches, workers), max_skipped, shards.source)
+    batches = _Batches(shards, transform, positions, batch_size, label, seed, _as_array(indices), order, exact)
+    return _limit_skipped(_load(batches, workers, pin_memory), max_skipped, shards.source)
+
+
+def order_of(
+    shards: ShardSet, seed: int, *, weights: Sequence[float] | None = None, indices: Indices | None = None
+) -> Order:
+    """The order in which `train_batches` sees the samples of `shards`, or those at `indices`.
+
+    It is a shuffle of all samples; of shards that have to be fetched, of a group of them at a time.
+    """
+    if indices is not None:
+        return Shuffled(len(indices), seed)
+    if weights is not None:
+        return Mixed([order_of(part, seed) for part in shards.parts], weights, seed)
+    if shards.is_remote:
+        return ShuffledInGroups(shards.sizes, seed, GROUP)
+    return Shuffled(len(shards), seed)
 
 
 def eval_batches(
@@ -99,7 +125,8 @@ def eval_batches(
         UserError: a sample cannot be decoded, a label is missing, a shard is damaged.
     """
     positions = range(rank, len(shards) if indices is None else len(indices), world)
-    return _load(_Batches(shards, transform, positions, batch_size, label, 0, _as_array(indices), None), workers)
+    batches = _Batches(shards, transform, positions, batch_size, label, 0, _as_array(indices), None, exact=True)
+    return _load(batches, workers)
 
 
 def _as_array(indices: Indices | None) -> NDArray[np.int64] | None:
@@ -112,14 +139,30 @@ def _limit_skipped(batches: Generator[Batch, None, None], limit: float, source: 
         for batch in batches:
             seen += len(batch["image"])
             skipped += len(batch["skipped"])
-            allowed = limit * seen
-            if skipped > allowed + MARGIN * max(allowed, float(limit > 0)) ** 0.5:
-                key, cause = batch["skipped"][-1]
-                raise UserError(
-                    f"{skipped} of {seen} samples of {source} could not be decoded, more than the allowed share "
-                    f"{limit:g}; the last was {key} ({cause}); see shards check, or raise --max-skipped"
-                )
+            check_skipped(skipped, seen, limit, source, batch["skipped"])
             yield batch
+
+
+def check_skipped(skipped: int, seen: int, limit: float, source: str, last: Sequence[tuple[str, str]] = ()) -> None:
+    """Stop where data rot.
+
+    Args:
+        skipped: samples that could not be decoded.
+        seen: among how many.
+        limit: the share allowed; the count may exceed it by five standard deviations, for they come at random.
+        source: where they come from.
+        last: (key, cause) of some, of which the last is named.
+
+    Raises:
+        UserError: too many.
+    """
+    allowed = limit * seen
+    if skipped > allowed + MARGIN * max(allowed, float(limit > 0)) ** 0.5:
+        name = f"; the last was {last[-1][0]} ({last[-1][1]})" if last else ""
+        raise UserError(
+            f"{skipped} of {seen} samples of {source} could not be decoded, more than the allowed share "
+            f"{limit:g}{name}; see shards check, or raise --max-skipped"
+        )
 
 
 @dataclass(frozen=True)
@@ -142,6 +185,7 @@ class _Batches(Dataset[Any]):
     seed: int
     indices: NDArray[np.int64] | None
     order: Order | None  # None: a position is the index itself, and nothing is ever replaced
+    exact: bool
 
     def __len__(self) -> int:
         return -(-len(self.positions) // self.batch_size)
@@ -156,10 +200,13 @@ class _Batches(Dataset[Any]):
 
     def _batch(self, positions: range) -> Batch:
         skipped: list[tuple[str, str]] = []
-        indices = self._samples_at(np.asarray(positions, dtype=np.int64)).tolist()
+        places = np.asarray(positions, dtype=np.int64)
+        if self.shards.is_remote:
+            self._prefetch(places)
+        indices = self._samples_at(places).tolist()
         items = [self._item(position, index, skipped) for position, index in zip(positions, indices)]
         batch: Batch = {
-            "image": torch.stack([item.image for item in items]),
+            "image": torch.stack([item.image.movedim(-3, -1) for item in items]).movedim(-1, -3),  # as images lie
             "index": torch.tensor([item.index for item in items]),
             "skipped": skipped,
         }
@@ -173,12 +220,19 @@ class _Batches(Dataset[Any]):
         places = positions if self.order is None else self.order(positions)
         return places if self.indices is None else self.indices[places]
 
+    def _prefetch(self, places: NDArray[np.int64]) -> None:
+        """Have the shards fetched that will be read once the present ones are through."""
+        if self.order is not None:
+            self.shards.prefetch(self._samples_at(places + self.order.reach))
+        elif self.indices is None:
+            self.shards.prefetch(places + max(self.shards.sizes))
+
     def _item(self, position: int, index: int, skipped: list[tuple[str, str]]) -> _Item:
         """The sample at a position, or the first readable one after it; draws are the position's own in any case."""
         for step in range(1, MAX_IN_A_ROW + 1):
             sample = self.shards[index]
             try:
-                image = decode(sample)
+                image = self._pixels(sample, position)
             except DecodeError as error:
                 if self.order is None:
                     raise
@@ -186,9 +240,18 @@ class _Batches(Dataset[Any]):
                 index = int(self._samples_at(np.array([position + step]))[0])
                 continue
             label = None if self.label is None else label_of(sample, self.label)
-            _seed_draws(self.seed, position)
-            return _Item(self.transform(image), index, label, str(sample["__key__"]))
+            return _Item(image, index, label, str(sample["__key__"]))
         raise UserError(f"{MAX_IN_A_ROW} samples in a row cannot be decoded; the last was {skipped[-1][0]}")
+
+    def _pixels(self, sample: Sample, position: int) -> Tensor:
+        if isinstance(self.transform, RandomCrop) and not self.exact:
+            _seed_draws(self.seed, position)
+            pixels = self.transform.from_jpeg(image_bytes(sample))
+            if pixels is not None:
+                return pixels
+        image = decode(sample)
+        _seed_draws(self.seed, position)
+        return self.transform(image)
 
 
 def _seed_draws(seed: int, position: int) -> None:
@@ -208,7 +271,7 @@ def _private_draws() -> Iterator[None]:
         random.setstate(python_state)
 
 
-def _load(batches: _Batches, workers: int) -> Generator[Batch, None, None]:
+def _load(batches: _Batches, workers: int, pin_memory: bool = False) -> Generator[Batch, None, None]:
     loader: DataLoader[Any] = DataLoader(
         batches,
         batch_size=None,
@@ -216,6 +279,7 @@ def _load(batches: _Batches, workers: int) -> Generator[Batch, None, None]:
         num_workers=workers,
         collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     for batch in loader:

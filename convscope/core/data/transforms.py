@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from convscope.core.backbone import Preprocessing
+from convscope.core.data.crop import RandomCrop
 from convscope.core.data.stream import Transform
 from convscope.core.errors import UserError
 
@@ -42,7 +43,8 @@ def crop_flip(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
     flip: bool = True,
-) -> Transform:
+    views: int = 1,
+) -> RandomCrop:
     """Random crop of a share `scale` of the area, resized to `size`, mirrored half of the time.
 
     Args:
@@ -51,19 +53,14 @@ def crop_flip(
         ratio: range of how much wider than `size` the crop is, in proportion, before it is resized.
         interpolation: of the resizing.
         flip: whether to mirror.
+        views: crops of one image.
 
     Raises:
         UserError: unknown interpolation.
     """
     height, width = (size, size) if isinstance(size, int) else size
     shape = (ratio[0] * width / height, ratio[1] * width / height)
-    steps: list[Any] = [
-        v2.RandomResizedCrop((height, width), scale, shape, interpolation=interpolation_mode(interpolation))
-    ]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    transform: Transform = v2.Compose([*steps, v2.PILToTensor()])
-    return transform
+    return RandomCrop((height, width), scale, shape, interpolation_mode(interpolation), flip=flip, views=views)
 
 
 class Normalize(nn.Module):

@@ -56,6 +56,8 @@ class TrainConfig:
     """Steps between two checkpoints; default: an epoch, at least 50 and at most 2000 steps."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    decoding: Literal["fast", "exact"] = "fast"
+    """fast: training crops straight from JPEG bytes, no larger than needed. exact: torchvision's, from whole images."""
     max_skipped: float = 1e-3
     """Stop when more than this share of the samples cannot be read."""
 
@@ -90,6 +92,7 @@ class TrainData:
     normalize: Normalize
     label: str | None = None  # the label field, for supervised objectives
     indices: NDArray[np.int64] | None = None  # a subset of the samples
+    weights: tuple[float, ...] | None = None  # of the parts of `shards`
 
     def __len__(self) -> int:
         return len(self.shards) if self.indices is None else len(self.indices)

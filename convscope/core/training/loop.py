@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from convscope.core import distributed
 from convscope.core.backbone import Backbone
 from convscope.core.checkpoint import RunDirectory, load_checkpoint
-from convscope.core.data.stream import train_batches
+from convscope.core.data.order import Mixed
+from convscope.core.data.stream import check_skipped, order_of, train_batches
 from convscope.core.errors import UserError
 from convscope.core.log import info, progress
 from convscope.core.memory import keep_freed_memory
@@ -88,6 +89,7 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.clip = optimization.clip
         self.window = Window(device)
+        self.order = order_of(data.shards, config.seed, weights=data.weights, indices=data.indices)
         self.step = self._resume()
         wrapped = distributed.wrap(objective, device)
         self.model: nn.Module = torch.compile(wrapped) if config.compile else wrapped  # type: ignore[assignment]
@@ -126,6 +128,7 @@ class _Trainer:
         for hook in hooks:
             hook.finish(state)
         batches.close()
+        self._tell_skipped()
         return self.objective if self.ema is None else self.ema.module
 
     def _batches(self, start: int) -> Generator[Mapping[str, Any], None, None]:
@@ -141,7 +144,10 @@ class _Trainer:
             world=distributed.world(),
             label=self.data.label,
             indices=self.data.indices,
+            weights=self.data.weights,
             max_skipped=self.config.max_skipped,
+            exact=self.config.decoding == "exact",
+            pin_memory=self.device.type == "cuda",
         )
         return batches
 
@@ -178,11 +184,22 @@ class _Trainer:
         samples = self.step * self.config.batch_size
         line = {"step": self.step, "samples": samples, "epoch": round(samples / len(self.data), 6)} | means
         line |= self.schedule.values()
-        line |= {"samples_per_second": round(rate, 2), "skipped": distributed.sum_over_ranks(self.window.skipped)}
+        skipped = int(distributed.sum_over_ranks(self.window.skipped))
+        line |= {"samples_per_second": round(rate, 2), "skipped": skipped}
+        line |= self._dealt(samples)
         self.window.clear()
         if distributed.is_main():
             self.run.append_metrics({**line, "attempt": self.run.attempt})
+        check_skipped(
+            skipped, samples, self.config.max_skipped, self.data.shards.source
+        )  # of all processes and attempts
         return line
+
+    def _dealt(self, samples: int) -> dict[str, int]:
+        """How many samples each source of a mixture has given so far."""
+        if not isinstance(self.order, Mixed):
+            return {}
+        return {f"seen/{part.source}": n for part, n in zip(self.data.shards.parts, self.order.dealt(samples))}
 
     def _finite_means(self) -> dict[str, float]:
         means = distributed.mean_over_ranks(self.window.means())
@@ -200,7 +217,12 @@ class _Trainer:
         self.window.skipped += len(skipped)
         for key, cause in skipped:
             info(f"warning: skipped sample {key}: {cause}")
-            self.run.append_skipped({"step": self.step, "key": key, "cause": cause})
+            self.run.append_skipped({"step": self.step + 1, "key": key, "cause": cause})
+
+    def _tell_skipped(self) -> None:
+        if distributed.is_main() and (causes := self.run.skipped_by_cause()):
+            counts = ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+            info(f"note: {causes.total()} samples were skipped ({counts}); skipped.jsonl names them")
 
     def _checkpoint_every(self) -> int:
         epoch = len(self.data) // self.config.batch_size
@@ -229,7 +251,7 @@ class _Trainer:
         """Restore the newest checkpoint; returns the number of finished steps."""
         path = distributed.broadcast(self.run.latest() if distributed.is_main() else None)
         if path is None:
-            self.run.rewind_metrics(0)
+            self.run.rewind(0)
             return 0
         state = load_checkpoint(path)
         if state.get("data") != self.data.shards.fingerprint:
@@ -245,7 +267,7 @@ class _Trainer:
             self.window.load(state["windows"], distributed.rank(), distributed.world())
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"{path} does not fit this run: {str(error).splitlines()[0]}") from error
-        self.run.rewind_metrics(state["step"])
+        self.run.rewind(state["step"])
         return int(state["step"])
 
     def _stop_agreed(self, stop: Stop) -> bool:

@@ -41,7 +41,7 @@ def test_built_folder(built):
     listing = json.loads((built / "train" / "shards.json").read_text())
     assert (len(shards), shards.fingerprint, shards.classes) == (12, listing["fingerprint"], ["cat", "dog"])
     assert (shards.source, shards.split) == (str(built), "train")
-    assert [path.name for path in shards.paths] == [f"train-{i:06d}.tar" for i in range(3)]
+    assert [path.name for path in shards.shards] == [f"train-{i:06d}.tar" for i in range(3)]
     assert keys(built) == [f"{i:08d}" for i in range(12)]
     assert len(open_shards(str(built), "test")) == 2
 
@@ -232,7 +232,7 @@ def test_truncated_shard_made_elsewhere(tmp_path, indexed):
 
 def test_shard_that_changes_or_vanishes_while_in_use(tmp_path):
     shards = open_shards(str(write_split(tmp_path / "train", [5])), "train")
-    path = shards.paths[0]
+    path = shards.shards[0]
     data = bytearray(path.read_bytes())
     data[:512] = b"x" * 512
     path.write_bytes(data)

@@ -1,10 +1,12 @@
 """Streams are a pure function of (seed, position), and evaluation sees every sample exactly once."""
 
+import io
 import multiprocessing
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import v2
 
 from convscope.core.data import stream
-from convscope.core.data.order import Order
+from convscope.core.data.order import Shuffled
 from convscope.core.data.shard_set import ShardSet, open_shards
-from convscope.core.data.stream import eval_batches, train_batches
+from convscope.core.data.stream import eval_batches, order_of, train_batches
 from convscope.core.data.transforms import crop_flip
 from convscope.core.errors import UserError
 from tests.core.data.tars import write_split, write_tar
@@ -46,7 +49,7 @@ def children() -> int:
 
 def test_a_batch(shards):
     first, *_, last = train_batches(shards, PIXELS, batch_size=4, seed=1, stop=10, label="cls")
-    order = Order(25, seed=1)(np.arange(4))
+    order = Shuffled(25, seed=1)(np.arange(4))
     assert first.keys() == {"image", "index", "label", "skipped"}
     assert (first["image"].dtype, first["image"].shape) == (torch.uint8, (4, 3, 8, 8))
     assert first["index"].dtype == first["label"].dtype == torch.int64
@@ -164,7 +167,7 @@ def damaged(tmp_path_factory) -> ShardSet:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
 def test_corrupt_samples_are_replaced_by_the_next_position(damaged, workers, world):
-    order = Order(40, seed=6)(np.arange(200)).tolist()
+    order = Shuffled(40, seed=6)(np.arange(200)).tolist()
     corrupt = {3, 11, 12, 30}
     expected, skips = [], []
     for position in range(80):
@@ -336,7 +339,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_workers_do_not_outlive_a_killed_parent(shards, tmp_path):
     """They have inherited the lock of its run directory, which the run that continues it must get."""
-    source = str(shards.paths[0].parent)
+    source = str(shards.shards[0].parent)
     with open(tmp_path / "pids", "w") as out:  # a pipe would stay open, and this test wait, until they end
         subprocess.run([sys.executable, "-c", ORPHANS, source], stdout=out)
     workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
@@ -353,3 +356,71 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def jpeg_split(folder: Path, count: int, damaged: Iterable[int] = ()) -> Path:
+    """Smooth JPEG images, the last of which is a PNG."""
+    rng, members, broken = np.random.default_rng(0), [], set(damaged)
+    for i in range(count):
+        file, kind = io.BytesIO(), "PNG" if i == count - 1 else "JPEG"
+        image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((120, 90), Image.Resampling.BICUBIC)
+        image.save(file, kind)
+        data = file.getvalue()
+        members.append((f"{i:03d}.{kind.lower()}", data[: len(data) // 2] if i in broken else data))
+    write_tar(folder / "train-000000.tar", members)
+    return folder
+
+
+def test_fast_decoding_gives_the_same_crops(tmp_path):
+    shards = open_shards(str(jpeg_split(tmp_path / "train", 12)), "train")
+    options = {"batch_size": 4, "seed": 1, "stop": 24}
+    exact = list(train_batches(shards, crop_flip(32), **options))
+    fast = list(train_batches(shards, crop_flip(32), exact=False, **options))
+    assert [batch["index"].tolist() for batch in fast] == [batch["index"].tolist() for batch in exact]
+    difference = (images(fast).int() - images(exact).int()).abs().float()
+    assert 0 < difference.mean() < 1
+    assert difference.max() < 40
+    png = torch.cat([batch["index"] for batch in exact]) == 11
+    assert (difference[png] == 0).all()
+    for workers, start in ((0, 8), (2, 0), (2, 12)):
+        again = train_batches(shards, crop_flip(32), exact=False, workers=workers, start=start, **options)
+        assert torch.equal(images(again), images(fast)[start:])
+
+
+def test_fast_decoding_skips_what_exact_decoding_skips(tmp_path):
+    shards = open_shards(str(jpeg_split(tmp_path / "train", 12, damaged=[2, 5])), "train")
+    options = {"batch_size": 6, "seed": 1, "stop": 24, "max_skipped": 1.0}
+    exact, fast = (list(train_batches(shards, crop_flip(32), exact=e, **options)) for e in (True, False))
+    assert [batch["skipped"] for batch in fast] == [batch["skipped"] for batch in exact]
+    assert {key for batch in fast for key, _ in batch["skipped"]} == {"002", "005"}
+    assert [batch["index"].tolist() for batch in fast] == [batch["index"].tolist() for batch in exact]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_lie_in_memory_as_images_do(tmp_path, workers):
+    """So that networks in channels-last need no copy."""
+    shards = open_shards(str(jpeg_split(tmp_path / "train", 4)), "train")
+    for exact in (True, False):
+        batch = next(train_batches(shards, crop_flip(32), batch_size=4, seed=0, stop=4, workers=workers, exact=exact))
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    two = next(train_batches(shards, crop_flip(32, views=2), batch_size=4, seed=0, stop=4, exact=False))["image"]
+    assert two.shape == (4, 2, 3, 32, 32)
+
+
+def test_a_mixture_draws_from_each_set_by_weight(tmp_path):
+    folders = [write_split(tmp_path / name, counts) for name, counts in (("a", [9]), ("b", [3, 4]))]
+    parts = [open_shards(str(folder), "train") for folder in folders]
+    whole = ShardSet.joined(parts)
+    assert len(whole) == 16
+    assert [whole[9 + i] for i in range(7)] == [parts[1][i] for i in range(7)]
+    assert whole.fingerprint not in {part.fingerprint for part in parts}
+    assert whole.parts == tuple(parts)
+    options = {"batch_size": 10, "seed": 3, "stop": 10_000}
+    batches = list(train_batches(whole, PIXELS, weights=(1, 4), **options))
+    index = torch.cat([batch["index"] for batch in batches])
+    assert [(index < 9).sum(), (index >= 9).sum()] == [2000, 8000]
+    assert index.tolist() == order_of(whole, 3, weights=(1, 4))(np.arange(10_000)).tolist()
+    later = train_batches(whole, PIXELS, weights=(1, 4), start=9_950, workers=2, **options)
+    assert torch.cat([batch["index"] for batch in later]).tolist() == index[9_950:].tolist()
+    plain = torch.cat([batch["index"] for batch in train_batches(whole, PIXELS, batch_size=8, seed=3, stop=16)])
+    assert sorted(plain.tolist()) == list(range(16))

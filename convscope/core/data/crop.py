@@ -1,0 +1,126 @@
+"""Random crops for training, cut from a decoded image or, much faster, straight from the bytes of a JPEG."""
+
+import io
+import math
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
+PILLOW = {InterpolationMode.BILINEAR: Image.Resampling.BILINEAR, InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}
+HALF = 2.0  # decoders have fast code for half the size and less, and none for what lies between
+MARGIN = 2.0  # pixels of the copy for one of the result: closer, and its filter would be the resizing's
+
+
+class Box(NamedTuple):
+    """A crop in pixels of the whole image, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+
+
+class RandomCrop:
+    """Crops of a random share `scale` of the area, resized to `size`, mirrored half of the time if `flip`.
+
+    Args:
+        size: height and width of the result in pixels.
+        scale: range of the share.
+        ratio: range of the crop's width over its height.
+        interpolation: of the resizing.
+        flip: whether to mirror.
+        views: crops of one image; above 1, the result is (views, 3, H, W).
+
+    The boxes are those that torchvision's v2.RandomResizedCrop and v2.RandomHorizontalFlip draw from the same random
+    state, whichever way the pixels are made.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        interpolation: InterpolationMode,
+        *,
+        flip: bool,
+        views: int = 1,
+    ) -> None:
+        self.size, self.interpolation, self.flip, self.views = size, interpolation, flip, views
+        self._crop = v2.RandomResizedCrop(size, scale, ratio, interpolation=interpolation)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB -> uint8 (3, H, W): to the bit what torchvision makes of a PIL image."""
+        cuts = []
+        for box in self._draw(image):
+            cut = v2.functional.resized_crop(image, *box[:4], list(self.size), self.interpolation)
+            cuts.append(_mirror(v2.functional.pil_to_tensor(cut), box))
+        return self._views(cuts)
+
+    def from_jpeg(self, data: bytes) -> Tensor | None:
+        """The same from encoded bytes, decoded no larger than it needs; None where `decode` has to read them.
+
+        The boxes are the same. Pixels differ from `__call__` by the rounding of another resizing and, where a crop is
+        at least halved, by the decoder's own filter; docs/design.md has figures.
+        """
+        if self.interpolation not in PILLOW or (header := _plain_jpeg(data)) is None:
+            return None
+        boxes = self._draw(header)
+        share = min(1.0, MARGIN * max(max(self.size[0] / box.height, self.size[1] / box.width) for box in boxes))
+        least = {"min_height": math.ceil(header.height * share), "min_width": math.ceil(header.width * share)}
+        try:
+            pixels = simplejpeg.decode_jpeg(data, fastupsample=True, min_factor=HALF, **least)
+        except ValueError:  # damaged, or merely odd: the thorough reader decides
+            return None
+        shrunk = pixels.shape[:2] != (header.height, header.width)
+        return self._views([self._shrunk(pixels, header, box) if shrunk else self._whole(pixels, box) for box in boxes])
+
+    def _draw(self, image: Image.Image) -> list[Box]:
+        boxes = []
+        for _ in range(self.views):
+            found = self._crop.make_params([image])
+            mirrored = self.flip and float(torch.rand(1)) < 0.5
+            boxes.append(Box(found["top"], found["left"], found["height"], found["width"], mirrored))
+        return boxes
+
+    def _whole(self, pixels: NDArray[np.uint8], box: Box) -> Tensor:
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        cut = v2.functional.resized_crop(image, *box[:4], list(self.size), self.interpolation)
+        return _mirror(cut, box)
+
+    def _shrunk(self, pixels: NDArray[np.uint8], header: Image.Image, box: Box) -> Tensor:
+        """Cut from a copy of 1, 2, 3 or 4 eighths of the size, where the box lies between pixels."""
+        scale = round(8 * max(pixels.shape[:2]) / max(header.size)) / 8  # the copy's sides are rounded up
+        top, bottom = box.top * scale, (box.top + box.height) * scale
+        left, right = box.left * scale, (box.left + box.width) * scale
+        y, x = math.floor(top), math.floor(left)  # pixels beyond the box would otherwise enter at its borders
+        own = Image.fromarray(np.ascontiguousarray(pixels[y : math.ceil(bottom), x : math.ceil(right)]))
+        place = (left - x, top - y, right - x, bottom - y)
+        cut = own.resize((self.size[1], self.size[0]), PILLOW[self.interpolation], box=place)
+        return _mirror(v2.functional.pil_to_tensor(cut), box)
+
+    def _views(self, cuts: list[Tensor]) -> Tensor:
+        return cuts[0] if self.views == 1 else torch.stack(cuts)
+
+
+def _mirror(image: Tensor, box: Box) -> Tensor:
+    return image.flip(-1) if box.mirrored else image
+
+
+def _plain_jpeg(data: bytes) -> Image.Image | None:
+    """The header of a JPEG, if its pixels need nothing but decoding: RGB or grey, and upright."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        image = Image.open(io.BytesIO(data))
+        turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # Pillow's readers raise anything on damaged input
+        return None
+    return image if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not turned else None
