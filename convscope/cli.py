@@ -42,6 +42,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("shards", "index"): Command(
         "convscope.core.data.check", "IndexConfig", "write the index beside shards made elsewhere", run="run_index"
     ),
+    ("shards", "stats"): Command(
+        "convscope.report.shard_stats", "StatsCommand", "formats, sizes, labels and captions as one HTML page"
+    ),
     ("pretrain", "spark"): Command(
         "convscope.ssl.pretrain", "SparkCommand", "masked modeling for convolutional networks (SparK)"
     ),
