@@ -13,6 +13,7 @@ import webdataset
 from convscope.core.data import shard_set
 from convscope.core.data.build import BuildConfig
 from convscope.core.data.build import run as build
+from convscope.core.data.decode import decode
 from convscope.core.data.shard_index import index_path, write_index
 from convscope.core.data.shard_set import label_of, open_shards
 from convscope.core.data.subset import per_class_subset, read_labels
@@ -66,6 +67,25 @@ def test_shards_of_webdatasets_writer_need_no_index(tmp_path):
     assert index_path(tmp_path / "000000.tar").exists()
     again = open_shards(str(tmp_path), "train")
     assert (list(again), again.fingerprint) == (rows, shards.fingerprint)
+
+
+def test_shards_of_download_tools(tmp_path):
+    """As img2dataset leaves them: json with status and caption, a missing text, other extensions, other files beside."""
+    rows = []
+    for i, (suffix, caption) in enumerate([("jpg", "a cat"), ("png", None), ("webp", "an eel"), ("jpeg", "")]):
+        fields = {"key": f"00000000{i}", "status": "success", "caption": caption, "width": 8, "label": i}
+        rows.append((f"00000000{i}.{suffix}", png(i)))
+        if caption is not None:
+            rows.append((f"00000000{i}.txt", caption.encode()))
+        rows.append((f"00000000{i}.json", json.dumps(fields).encode()))
+    write_tar(tmp_path / "00000.tar", rows)
+    for name in ("00000.parquet", "00000_stats.json"):
+        (tmp_path / name).write_bytes(b"not for us")
+    shards = open_shards(str(tmp_path / "{00000..00000}.tar"), "train")
+    assert [sample["__key__"] for sample in shards] == [f"00000000{i}" for i in range(4)]
+    assert [sample.get("txt") for sample in shards] == [b"a cat", None, b"an eel", b""]
+    assert [label_of(sample, "label") for sample in shards] == [0, 1, 2, 3]
+    assert [decode(sample).getpixel((0, 0))[0] for sample in shards] == [0, 1, 2, 3]
 
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
