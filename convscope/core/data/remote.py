@@ -24,7 +24,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from convscope.core.data.shard_index import BLOCK, ZEROS, parse_index, scan_sound
+from convscope.core.data.shard_index import BLOCK, ZEROS, parse_index, scan_open
 from convscope.core.errors import UserError
 from convscope.core.files import atomic_write, cache_dir, write_bytes
 from convscope.core.log import info
@@ -48,11 +48,6 @@ class RemoteShard:
 
     url: str
     cache: "ShardCache"
-
-    @property
-    def name(self) -> str:
-        """What tells it from the other shards of its set."""
-        return self.url
 
     def __str__(self) -> str:
         return self.url
@@ -97,10 +92,20 @@ class ShardCache:
         if not index.exists():
             offsets = _remote_index(url)
             if offsets is None:
-                self.fetch(url)
-                offsets = scan_sound(self._file(url))
+                offsets = self._scan(url)
             write_bytes(index, offsets.astype("<u8").tobytes())
         return parse_index(index.read_bytes(), str(index))
+
+    def _scan(self, url: str) -> NDArray[np.int64]:
+        descriptor = self.open(url)  # the file may have to make room at any time
+        try:
+            offsets, error = scan_open(descriptor)
+        finally:
+            os.close(descriptor)
+        if error is not None:
+            self._file(url).unlink(missing_ok=True)
+            raise UserError(f"{url} is damaged: {error}")
+        return offsets
 
     def prefetch(self, urls: list[str]) -> None:
         """Fetch in the background what will be read soon."""

@@ -60,11 +60,16 @@ def scan(path: Path) -> tuple[NDArray[np.int64], str | None]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        return _scan(lambda offset, count: os.pread(descriptor, count, offset), os.fstat(descriptor).st_size)
+        return scan_open(descriptor)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     finally:
         os.close(descriptor)
+
+
+def scan_open(descriptor: int) -> tuple[NDArray[np.int64], str | None]:
+    """`scan` of an open file."""
+    return _scan(lambda offset, count: os.pread(descriptor, count, offset), os.fstat(descriptor).st_size)
 
 
 def _scan(read: Read, size: int) -> tuple[NDArray[np.int64], str | None]:

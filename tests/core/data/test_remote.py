@@ -171,6 +171,23 @@ def test_the_cache_has_a_limit(folder: Path, cache: Path) -> None:
     assert len(list(cache.glob("*.tar"))) == 1
 
 
+def test_opening_needs_no_more_room_than_one_shard(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are opened several at a time; each may be gone before its samples are found."""
+    monkeypatch.setenv("CONVSCOPE_CACHE_GB", "1e-9")
+    source = f"pipe:cat {folder}/train-{{000000..000003}}.tar"
+    assert same(open_shards(source, "train"), open_shards(str(folder), "train"))
+    assert len(list(cache.glob("*.tar"))) == 1
+
+
+def test_a_damaged_shard_is_not_kept(folder: Path, cache: Path) -> None:
+    data = bytearray((folder / "train-000002.tar").read_bytes())
+    data[4 * 512] ^= 1
+    (folder / "bad.tar").write_bytes(data)
+    with pytest.raises(UserError, match=r"^pipe:cat .*bad\.tar is damaged: bad header"):
+        open_shards(f"pipe:cat {folder}/bad.tar", "train")
+    assert not list(cache.glob("*.tar"))
+
+
 def test_its_size_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVSCOPE_CACHE_GB", "1.5")
     assert remote.shard_cache().limit == 1_500_000_000

@@ -70,7 +70,7 @@ def test_shards_of_webdatasets_writer_need_no_index(tmp_path):
 
 
 def test_shards_of_download_tools(tmp_path):
-    """As img2dataset leaves them: json with status and caption, a missing text, other extensions, other files beside."""
+    """As img2dataset leaves them: json with status and caption, a missing text, other extensions, files beside."""
     rows = []
     for i, (suffix, caption) in enumerate([("jpg", "a cat"), ("png", None), ("webp", "an eel"), ("jpeg", "")]):
         fields = {"key": f"00000000{i}", "status": "success", "caption": caption, "width": 8, "label": i}
