@@ -134,7 +134,13 @@ def image_folder_way(places: Places, settings: Settings, workers: int) -> Iterat
 
 
 def ours(
-    places: Places, settings: Settings, workers: int, *, exact: bool = False, small: bool = False
+    places: Places,
+    settings: Settings,
+    workers: int,
+    *,
+    exact: bool = False,
+    small: bool = False,
+    normalised: bool = True,
 ) -> Iterator[int]:
     """`convscope pretrain`'s stream, and normalisation where the network is."""
     shards = open_shards(str(places.small if small else places.shards), "train")
@@ -143,7 +149,7 @@ def ours(
     for batch in train_batches(
         shards, transform, batch_size=BATCH, seed=0, stop=len(shards), workers=workers, exact=exact
     ):
-        yield len(normalize(batch["image"]))
+        yield len(normalize(batch["image"]) if normalised else batch["image"])
 
 
 def ours_twice(places: Places, settings: Settings, workers: int, *, small: bool = False) -> Iterator[int]:
@@ -160,14 +166,15 @@ def ours_twice(places: Places, settings: Settings, workers: int, *, small: bool 
 
 
 def raw_webdataset(places: Places, settings: Settings, workers: int) -> Iterator[int]:
-    """Bytes of samples, in webdataset's order."""
+    """Samples as bytes, in the order of the shards; workers hand over how many they have read."""
     urls = sorted(str(path) for path in places.shards.glob("*.tar"))
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000).batched(BATCH)
-    for batch in webdataset.WebLoader(data, batch_size=None, num_workers=workers, worker_init_fn=_one_thread):
-        yield len(batch["__key__"]) if isinstance(batch, dict) else len(batch[0])
+    data = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).map(lambda sample: (len(sample["jpg"]),))
+    loader = webdataset.WebLoader(data.batched(BATCH), batch_size=None, num_workers=workers, worker_init_fn=_one_thread)
+    for (batch,) in loader:
+        yield len(batch)
 
 
-class _Raw(torch.utils.data.Dataset[list[Any]]):
+class _Raw(torch.utils.data.Dataset[list[int]]):
     def __init__(self, source: str) -> None:
         self.shards = open_shards(source, "train")
         self.order = np.random.default_rng(0).permutation(len(self.shards))
@@ -175,12 +182,13 @@ class _Raw(torch.utils.data.Dataset[list[Any]]):
     def __len__(self) -> int:
         return -(-len(self.order) // BATCH)
 
-    def __getitem__(self, number: int) -> list[Any]:
-        return [self.shards[index] for index in self.order[number * BATCH : (number + 1) * BATCH].tolist()]
+    def __getitem__(self, number: int) -> list[int]:
+        chosen = self.order[number * BATCH : (number + 1) * BATCH]
+        return [len(self.shards[index]["jpg"]) for index in chosen.tolist()]
 
 
 def raw_ours(places: Places, settings: Settings, workers: int) -> Iterator[int]:
-    """Bytes of samples, in a full random order."""
+    """The same in a full random order."""
     loader = DataLoader(_Raw(str(places.shards)), batch_size=None, num_workers=workers, worker_init_fn=_one_thread)
     for batch in loader:
         yield len(batch)
@@ -189,8 +197,10 @@ def raw_ours(places: Places, settings: Settings, workers: int) -> Iterator[int]:
 ROWS: dict[str, dict[str, Way]] = {
     "one crop": {
         "ours": ours,
+        "ours, up to the uint8 that a GPU gets": lambda p, s, w: ours(p, s, w, normalised=False),
         "ours, exact decoding": lambda p, s, w: ours(p, s, w, exact=True),
         "ours, shards of 256 px": lambda p, s, w: ours(p, s, w, small=True),
+        "ours, shards of 256 px, up to uint8": lambda p, s, w: ours(p, s, w, small=True, normalised=False),
         "webdataset + PIL + torchvision": open_clip_way,
         "ImageFolder + PIL + torchvision": image_folder_way,
     },

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+EXIF, EXIF_REACH = b"Exif\0\0", 1 << 18  # its mark, and how far into a file it may stand
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
 PILLOW = {InterpolationMode.BILINEAR: Image.Resampling.BILINEAR, InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}
 HALF = 2.0  # decoders have fast code for half the size and less, and none for what lies between
@@ -70,19 +71,19 @@ class RandomCrop:
         The boxes are the same. Pixels differ from `__call__` by the rounding of another resizing and, where a crop is
         at least halved, by the decoder's own filter; docs/design.md has figures.
         """
-        if self.interpolation not in PILLOW or (header := _plain_jpeg(data)) is None:
+        if self.interpolation not in PILLOW or (size := _plain_jpeg(data)) is None:
             return None
-        boxes = self._draw(header)
+        boxes = self._draw(torch.empty(1).expand(3, *size))
         share = min(1.0, MARGIN * max(max(self.size[0] / box.height, self.size[1] / box.width) for box in boxes))
-        least = {"min_height": math.ceil(header.height * share), "min_width": math.ceil(header.width * share)}
+        least = {"min_height": math.ceil(size[0] * share), "min_width": math.ceil(size[1] * share)}
         try:
             pixels = simplejpeg.decode_jpeg(data, fastupsample=True, min_factor=HALF, **least)
         except ValueError:  # damaged, or merely odd: the thorough reader decides
             return None
-        shrunk = pixels.shape[:2] != (header.height, header.width)
-        return self._views([self._shrunk(pixels, header, box) if shrunk else self._whole(pixels, box) for box in boxes])
+        shrunk = pixels.shape[:2] != size
+        return self._views([self._shrunk(pixels, size, box) if shrunk else self._whole(pixels, box) for box in boxes])
 
-    def _draw(self, image: Image.Image) -> list[Box]:
+    def _draw(self, image: Image.Image | Tensor) -> list[Box]:
         boxes = []
         for _ in range(self.views):
             found = self._crop.make_params([image])
@@ -95,9 +96,9 @@ class RandomCrop:
         cut = v2.functional.resized_crop(image, *box[:4], list(self.size), self.interpolation)
         return _mirror(cut, box)
 
-    def _shrunk(self, pixels: NDArray[np.uint8], header: Image.Image, box: Box) -> Tensor:
+    def _shrunk(self, pixels: NDArray[np.uint8], size: tuple[int, int], box: Box) -> Tensor:
         """Cut from a copy of 1, 2, 3 or 4 eighths of the size, where the box lies between pixels."""
-        scale = round(8 * max(pixels.shape[:2]) / max(header.size)) / 8  # the copy's sides are rounded up
+        scale = round(8 * max(pixels.shape[:2]) / max(size)) / 8  # the copy's sides are rounded up
         top, bottom = box.top * scale, (box.top + box.height) * scale
         left, right = box.left * scale, (box.left + box.width) * scale
         y, x = math.floor(top), math.floor(left)  # pixels beyond the box would otherwise enter at its borders
@@ -114,13 +115,14 @@ def _mirror(image: Tensor, box: Box) -> Tensor:
     return image.flip(-1) if box.mirrored else image
 
 
-def _plain_jpeg(data: bytes) -> Image.Image | None:
-    """The header of a JPEG, if its pixels need nothing but decoding: RGB or grey, and upright."""
-    if data[:2] != b"\xff\xd8":
-        return None
+def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG, if its pixels need nothing but decoding: in colour or grey, and upright."""
     try:
-        image = Image.open(io.BytesIO(data))
-        turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if data.find(EXIF, 0, EXIF_REACH) >= 0:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.getexif().get(ORIENTATION, 1) != 1:
+                    return None
     except Exception:  # Pillow's readers raise anything on damaged input
         return None
-    return image if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not turned else None
+    return (height, width) if colours in ("YCbCr", "RGB", "Gray") else None

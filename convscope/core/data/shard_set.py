@@ -23,7 +23,7 @@ from convscope.core.files import read_json, write_bytes
 __all__ = ["Sample", "ShardSet", "label_of", "open_shards"]
 
 MAX_OPEN = 256  # shards kept open in one process; systems allow as few as 1024 files
-PRINTED, PRINTED_BYTES = 16, 65536  # samples of a shard made elsewhere whose first bytes enter its fingerprint
+PRINTED, PRINTED_BYTES = 16, 4096  # samples of a shard made elsewhere whose first bytes enter its fingerprint
 OPENERS = 16  # shards opened at once; on a network file system each takes milliseconds
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from convscope.core.data.crop import RandomCrop
 from convscope.core.data.decode import DecodeError, decode, image_bytes
@@ -206,7 +206,8 @@ class _Batches(Dataset[Any]):
         indices = self._samples_at(places).tolist()
         items = [self._item(position, index, skipped) for position, index in zip(positions, indices)]
         batch: Batch = {
-            "image": torch.stack([item.image.movedim(-3, -1) for item in items]).movedim(-1, -3),  # as images lie
+            # in the memory order of decoded images; in a worker, straight into memory that is shared with the parent
+            "image": default_collate([item.image.movedim(-3, -1) for item in items]).movedim(-1, -3),
             "index": torch.tensor([item.index for item in items]),
             "skipped": skipped,
         }

@@ -73,7 +73,9 @@ def test_a_crop_from_bytes_has_the_same_box(size, scale, eighths, bound, monkeyp
         shapes.append(pixels.shape)
         return pixels
 
-    monkeypatch.setattr("convscope.core.data.crop.simplejpeg", SimpleNamespace(decode_jpeg=decode))
+    monkeypatch.setattr(
+        "convscope.core.data.crop.simplejpeg", SimpleNamespace(**{**vars(simplejpeg), "decode_jpeg": decode})
+    )
     cut = crop_flip(size, scale)
     for seed in range(12):
         torch.manual_seed(seed)

@@ -101,6 +101,10 @@ def test_normalize_and_back():
     value = (images[1, 2, 3, 4].item() / 255 - 0.406) / 0.225
     assert out[1, 2, 3, 4].item() == pytest.approx(value, abs=1e-6)
     assert torch.equal(normalize.inverse(out), images)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(normalize(last), out)
+    assert normalize(last).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last, images)  # which is left alone
     extremes = normalize.inverse(torch.tensor([[[[-9.0]], [[9.0]], [[0.0]]]]))
     assert extremes.flatten().tolist() == [0, 255, round(0.406 * 255)]
     assert list(normalize.state_dict()) == []
