@@ -44,7 +44,7 @@ def test_a_rotten_share_counts_over_attempts(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert "more than the allowed share 0.05" in done.stderr
         attempts.append(metrics(run)[-1]["step"])
-    assert attempts[0] >= 3
+    assert attempts[0] >= 2  # so few samples prove nothing before
     assert attempts[1] - attempts[0] <= 1
 
 
