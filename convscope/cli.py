@@ -46,19 +46,32 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "convscope.report.shard_stats", "StatsCommand", "formats, sizes, labels and captions as one HTML page"
     ),
     ("pretrain", "spark"): Command(
-        "convscope.ssl.pretrain", "SparkCommand", "masked modeling for convolutional networks (SparK)"
+        "convscope.ssl.commands", "SparkCommand", "masked modeling for convolutional networks (SparK)"
+    ),
+    ("pretrain", "rotation"): Command("convscope.ssl.commands", "RotationCommand", "rotation prediction (RotNet)"),
+    ("pretrain", "clip"): Command(
+        "convscope.ssl.commands", "ClipCommand", "contrastive image-text training (CLIP, SigLIP, ConVIRT)"
     ),
     ("eval", "linear-probe"): Command(
         "convscope.eval.linear_probe", "LinearProbeCommand", "linear classifiers on frozen features"
     ),
     ("eval", "knn"): Command("convscope.eval.knn", "KnnCommand", "k-nearest-neighbour vote on frozen features"),
     ("eval", "retrieval"): Command(
-        "convscope.eval.retrieval", "RetrievalCommand", "image-to-image retrieval on frozen features"
+        "convscope.eval.retrieval", "RetrievalCommand", "image-to-image and image-text retrieval"
+    ),
+    ("eval", "zero-shot"): Command(
+        "convscope.eval.zero_shot", "ZeroShotCommand", "classes by their names, with an image-text model"
     ),
     ("eval", "fine-tune"): Command(
         "convscope.eval.fine_tune", "FineTuneCommand", "train the whole network on all or a few labels"
     ),
     ("analyze", "erf"): Command("convscope.analysis.erf_command", "ErfCommand", "effective receptive fields"),
+    ("export", "backbone"): Command(
+        "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"
+    ),
+    ("export", "open-clip"): Command(
+        "convscope.core.export", "ExportOpenClip", "an image-text model as open_clip loads it", run="run_open_clip"
+    ),
     ("report",): Command("convscope.report.runs", "ReportCommand", "compare runs and results in one HTML file"),
 }
 
@@ -149,7 +162,7 @@ def _run(command: Command, words: list[str], arguments: list[str]) -> None:
     arguments, saved = _take_option(arguments, "--config")
     arguments, preset = _take_option(arguments, "--preset")
     if preset is not None:
-        arguments = _preset_flags(module, preset, arguments) + _other_budgets_off(arguments)
+        arguments = _preset_flags(module, config_class, preset, arguments) + _other_budgets_off(arguments)
     elif saved is not None:
         arguments = _other_budgets_off(arguments)
     config = _parse(config_class, arguments, f"convscope {' '.join(words)}", saved)
@@ -174,11 +187,11 @@ def _other_budgets_off(arguments: list[str]) -> list[str]:
     return [word for other in BUDGETS if given and other not in given for word in (other, "None")] + arguments
 
 
-def _preset_flags(module: Any, name: str, arguments: list[str]) -> list[str]:
+def _preset_flags(module: Any, config_class: Any, name: str, arguments: list[str]) -> list[str]:
     """A preset is a set of flags that stand before the user's own, which therefore win."""
     if not hasattr(module, "preset"):
         raise UserError("this command has no presets")
-    values: Mapping[str, Any] = module.preset(name, arguments)
+    values: Mapping[str, Any] = module.preset(config_class, name, arguments)
     flags: list[str] = []
     for key, value in values.items():
         flag = key.replace("_", "-")

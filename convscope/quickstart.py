@@ -24,8 +24,9 @@ from convscope.plots.curves import draw_figures, draw_loss
 from convscope.report.html import Image, Section, Text, write_report
 from convscope.report.sources import read_loss
 from convscope.report.tables import Table, markdown
+from convscope.ssl.commands import SparkCommand
 from convscope.ssl.objectives.spark import SparkConfig
-from convscope.ssl.pretrain import SparkCommand, pretrain
+from convscope.ssl.pretrain import pretrain
 
 LABELS = {"shape x texture": "cls", "shape": "shape", "texture": "texture"}  # the first is the primary one
 CLASSES = {"cls": 64, "shape": 8, "texture": 8}

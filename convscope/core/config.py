@@ -140,3 +140,8 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[key] = value
     return found
+
+
+def format_assignments(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keyword arguments as `parse_assignments` reads them."""
+    return tuple(f"{key}={value!r}".replace(" ", "") for key, value in values.items())

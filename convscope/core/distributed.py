@@ -138,6 +138,65 @@ def sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """Rows (b, D) of every process, one after the other (world * b, D).
+
+    In backward each process receives the sum of what all of them found for its rows. Every process must bring the
+    same number of rows.
+    """
+    if not dist.is_initialized():
+        return rows
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
+
+
+def from_next(rows: Tensor) -> Tensor:
+    """Rows (b, D) of the next process, the last one's of the first; gradients travel back the same way."""
+    if not dist.is_initialized():
+        return rows
+    passed: Tensor = _Ring.apply(rows)
+    return passed
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over the processes; its adjoint sums each one's part."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(world())[rank()]
+
+
+class _Ring(torch.autograd.Function):
+    """A step around the ring of processes; its adjoint is the step back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return _exchange(rows, to=rank() - 1, source=rank() + 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _exchange(gradient, to=rank() + 1, source=rank() - 1)
+
+
+def _exchange(value: Tensor, *, to: int, source: int) -> Tensor:
+    received = torch.empty_like(value, memory_format=torch.contiguous_format)
+    operations = [
+        dist.P2POp(dist.isend, value.contiguous(), to % world()),
+        dist.P2POp(dist.irecv, received, source % world()),
+    ]
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
+    return received
+
+
 class _Sum(torch.autograd.Function):
     """Sum over the processes; the adjoint of a sum is a sum."""
 

@@ -68,7 +68,7 @@ def load_backbone(
     if recipe is None and arch is None:
         raise UserError(f"{file} does not say its architecture; pass --arch")
     if recipe is not None and arch not in (None, recipe.architecture):
-        raise UserError(f"{file} holds a {recipe.architecture}; leave --arch {arch} out")
+        raise UserError(f"{file} holds a {recipe.architecture}, not a {arch}")
     recipe = recipe or Recipe(architecture=str(arch))
     backbone = create_backbone(recipe.architecture, {**recipe.model_args, **(model_args or {})}, seed=0)
     backbone.source = source

@@ -1,7 +1,8 @@
-"""Image-to-image retrieval on frozen features: test images query the train images of their own label."""
+"""Retrieval: test images query the train images of their own label, or images and their captions one another."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.results import EvalResult, Figure, bootstrap
+from convscope.eval import image_text
 from convscope.eval.common import (
     FrozenFeatures,
     extract_both,
@@ -46,7 +48,15 @@ class RetrievalConfig(NeighbourSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalCommand(FrozenFeatures, RetrievalConfig):
-    """Image-to-image retrieval by cosine similarity, exact; the train split is the gallery, the test split asks."""
+    """Retrieval by cosine similarity, exact. Between images, the train split is the gallery and the test split asks."""
+
+    mode: Literal["image-image", "image-text"] = "image-image"
+    """image-image: images of the same label. image-text: images and their captions, both ways, within the test split;
+    MODEL is a run of pretrain clip, open_clip:NAME/PRETRAINED or open_clip:FOLDER."""
+    caption_field: str | None = None
+    """Member or json field of the captions; default: txt, text, caption, captions."""
+    caption_lines: bool = False
+    """Every line of a text is a caption of its own."""
 
     def __post_init__(self) -> None:
         FrozenFeatures.__post_init__(self)
@@ -55,11 +65,15 @@ class RetrievalCommand(FrozenFeatures, RetrievalConfig):
 
 def run(config: RetrievalCommand) -> None:
     """Load, rank, print a table and write the result."""
-    backbone, gallery, queries = open_both(config)
-    result = evaluate(backbone, gallery, queries, config)
-    rows = [[name, percent(figure)] for name, figure in result.figures.items()]
-    print_table(f"{TASK} {config.model}", ["figure", "value"], rows)
+    between_images = config.mode == "image-image"
+    result = evaluate(*open_both(config), config) if between_images else image_text.evaluate(config)
+    rows = [[name, _shown(name, figure)] for name, figure in result.figures.items()]
+    print_table(f"{result.task} {config.model}", ["figure", "value"], rows)
     save_frozen(result, config)
+
+
+def _shown(name: str, figure: Figure) -> str:
+    return f"{figure.value:.1f} [{figure.low:.1f}, {figure.high:.1f}]" if name.endswith("rank") else percent(figure)
 
 
 def evaluate(backbone: Backbone, gallery: ShardSet, queries: ShardSet, config: RetrievalCommand) -> EvalResult:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import tyro
@@ -16,14 +16,14 @@ import yaml
 from convscope.core import distributed
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.checkpoint import RunDirectory
-from convscope.core.config import parse_assignments
+from convscope.core.config import format_assignments, parse_assignments
+from convscope.core.data.photometric import PhotometricConfig
 from convscope.core.data.shard_set import ShardSet, open_shards
-from convscope.core.data.stream import Transform
+from convscope.core.data.stream import Fields, Transform
 from convscope.core.data.transforms import Normalize
 from convscope.core.errors import UserError
 from convscope.core.files import write_json
-from convscope.core.log import info
-from convscope.core.models import save_backbone
+from convscope.core.models import load_backbone, save_backbone
 from convscope.core.results import environment
 from convscope.core.tracking import TrackerName
 from convscope.core.training.config import RESUMABLE, Hook, TrainConfig, TrainData
@@ -31,15 +31,12 @@ from convscope.core.training.hooks import TrackingHook
 from convscope.core.training.loop import train
 from convscope.core.training.objective import Objective
 from convscope.core.training.optimization import OptimizerConfig
-from convscope.ssl.objectives.spark import SparkConfig
-from convscope.ssl.pictures import ReconstructionPictures
+
+DEFAULT_BACKBONE = "resnet50"
 
 
 class ObjectiveConfig(Protocol):
-    """What an objective's settings can do."""
-
-    def build(self, backbone: Backbone) -> Objective:
-        """The objective around a backbone."""
+    """What the settings of every objective can do."""
 
     def transform(self, backbone: Backbone) -> Transform:
         """Augmentation of a training image."""
@@ -52,6 +49,8 @@ class ObjectiveConfig(Protocol):
 class PretrainCommand:
     """What every pretraining run is told, whatever its objective."""
 
+    name: ClassVar[str]  # of the objective, as in presets.yaml
+
     data: tuple[str, ...]
     """Folder of shards (see `convscope shards build`), brace pattern of tars, URLs or pipe: commands, builtin:shapes;
     several are mixed."""
@@ -59,16 +58,16 @@ class PretrainCommand:
     """Weight of each source of the mixture; without, every sample comes once an epoch."""
     output_dir: Path
     """Run directory; the same command continues a run that is there."""
-    backbone: str = "resnet50"
-    """Any timm architecture that the objective accepts."""
+    backbone: str | None = None
+    """Any timm architecture that the objective accepts; default: that of --init, else resnet50."""
     backbone_args: tuple[str, ...] = ()
     """Arguments for timm.create_model, such as depths=2,2,6,2."""
+    init: str | None = None
+    """Weights to start from: a run, timm:NAME, or a file (with --backbone where it does not name its architecture)."""
     split: str = "train"
     """Which split of the data to train on."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
-    picture_every: int | None = None
-    """Steps between two reconstruction pictures; default: a twentieth of the run; 0: none."""
     track: tuple[TrackerName, ...] = ()
     """Also log to tensorboard, wandb."""
     optimization: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
@@ -78,16 +77,28 @@ class PretrainCommand:
         """The objective's own settings."""
         raise NotImplementedError
 
+    def build(self, backbone: Backbone, shards: ShardSet) -> Objective:
+        """The objective around `backbone`; called with the same draws on every process."""
+        raise NotImplementedError
 
-@dataclass(frozen=True, kw_only=True)
-class SparkCommand(PretrainCommand):
-    """Masked modeling for convolutional networks (SparK, Tian et al. 2023)."""
+    def photometric(self) -> PhotometricConfig | None:
+        """Changes of colour and sharpness."""
+        return None
 
-    objective: tyro.conf.OmitArgPrefixes[SparkConfig] = field(default_factory=SparkConfig)
+    def fields(self, objective: Objective) -> Fields | None:
+        """What the objective reads of a sample beside its image."""
+        return None
 
-    def objective_config(self) -> SparkConfig:
-        """SparK's settings."""
-        return self.objective
+    def prepare(self, objective: Objective) -> None:
+        """Called on the main process once the run directory is this run's own."""
+
+    def hooks(self, objective: Objective, data: TrainData) -> list[Hook]:
+        """What looks on, on the main process."""
+        return []
+
+    def export(self, trained: Objective) -> None:
+        """Write what the run was for; called on the main process at its end."""
+        save_backbone(self.output_dir / "backbone.safetensors", trained.backbone)
 
 
 def run(config: PretrainCommand) -> None:
@@ -108,69 +119,64 @@ def pretrain(config: PretrainCommand) -> None:
         main = distributed.is_main()
         objective_config = config.objective_config()
         shards = ShardSet.joined([open_shards(source, config.split) for source in config.data])
-        arguments = parse_assignments(config.backbone_args) | (
-            {"drop_path_rate": config.drop_path} if config.drop_path else {}
-        )
-        backbone = create_backbone(config.backbone, arguments, seed=config.train.seed)
+        backbone, config = _start(config)
         backbone.preprocessing = replace(backbone.preprocessing, size=objective_config.crop_size(backbone))
         torch.manual_seed(config.train.seed)  # the objective's own weights
-        objective = objective_config.build(backbone)
-        normalize = Normalize(backbone.preprocessing.mean, backbone.preprocessing.std)
+        objective = config.build(backbone, shards)
         data = TrainData(
             shards=shards,
             transform=objective_config.transform(backbone),
-            normalize=normalize,
+            normalize=Normalize(backbone.preprocessing.mean, backbone.preprocessing.std),
             weights=config.data_weights or None,
+            fields=config.fields(objective),
+            photometric=config.photometric(),
         )
         with RunDirectory(config.output_dir, main=main) as run_dir:
             run_dir.claim(config, RESUMABLE)
             if main:
                 write_json(config.output_dir / "environment.json", environment())
-                _warn_untrained(objective)
-            hooks = _hooks(config, data) if main else []
+                config.prepare(objective)
+            hooks = config.hooks(objective, data) if main else []
+            if main and config.track:
+                hooks.append(TrackingHook(config.track, config))
             trained = train(objective, data, config.train, config.optimization, run_dir, hooks)
             if main:
-                save_backbone(config.output_dir / "backbone.safetensors", trained.backbone)
+                config.export(trained)
 
 
-def _hooks(config: PretrainCommand, data: TrainData) -> list[Hook]:
-    hooks: list[Hook] = []
-    if config.picture_every != 0:
-        every = config.picture_every or max(config.train.total_steps(len(data)) // 20, 1)
-        hooks.append(ReconstructionPictures(data, every))
-    if config.track:
-        hooks.append(TrackingHook(config.track, config))
-    return hooks
-
-
-def _warn_untrained(objective: Objective) -> None:
-    names: list[str] = getattr(objective, "untrained", [])
-    layers = sorted({name.removeprefix("model.").rpartition(".")[0] for name in names})
-    if layers:
-        info(
-            f"note: {', '.join(layers)} of {objective.backbone.arch} come after the last feature map and stay as "
-            f"initialised; evaluate with --layers last"
-        )
+def _start(config: PretrainCommand) -> tuple[Backbone, PretrainCommand]:
+    """The backbone to train, and the settings with its architecture written out."""
+    arguments = parse_assignments(config.backbone_args)
+    if config.drop_path:
+        arguments["drop_path_rate"] = config.drop_path
+    if config.init is None:
+        arch = config.backbone or DEFAULT_BACKBONE
+        backbone = create_backbone(arch, arguments, seed=config.train.seed)
+        return backbone, replace(config, backbone=arch)
+    backbone = load_backbone(config.init, arch=config.backbone, model_args=arguments)
+    stated = {key: value for key, value in backbone.model_args.items() if key != "drop_path_rate"}
+    return backbone, replace(config, backbone=backbone.arch, backbone_args=format_assignments(stated))
 
 
 @cache
-def presets() -> dict[str, Any]:
-    """Published recipes, as data."""
+def presets() -> dict[str, dict[str, Any]]:
+    """Published recipes by objective and name, as data."""
     text = resources.files("convscope.ssl").joinpath("presets.yaml").read_text()
     return dict(yaml.safe_load(text))
 
 
-def preset(name: str, arguments: list[str]) -> Mapping[str, Any]:
+def preset(command: type[PretrainCommand], name: str, arguments: list[str]) -> Mapping[str, Any]:
     """Flags of a named recipe; some depend on the backbone that the arguments name.
 
     Raises:
         UserError: no such recipe, or none for this backbone.
     """
-    if name not in presets():
-        raise UserError(f"no preset {name!r}; presets: {', '.join(presets())}")
-    recipe = presets()[name]
+    known = presets()[command.name]
+    if name not in known:
+        raise UserError(f"no preset {name!r}; presets of {command.name}: {', '.join(known)}")
+    recipe = known[name]
     flags = dict(recipe["flags"])
-    backbone = flags.get("backbone", PretrainCommand.backbone)
+    backbone = flags.get("backbone", DEFAULT_BACKBONE)
     for i, argument in enumerate(arguments):
         if argument.startswith("--backbone="):
             backbone = argument.partition("=")[2]

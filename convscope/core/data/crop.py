@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ class RandomCrop:
         interpolation: of the resizing.
         flip: whether to mirror.
         views: crops of one image; above 1, the result is (views, 3, H, W).
+        after: applied to each crop, uint8 (3, H, W) -> the same.
 
     The boxes are those that torchvision's v2.RandomResizedCrop and v2.RandomHorizontalFlip draw from the same random
     state, whichever way the pixels are made.
@@ -53,8 +55,9 @@ class RandomCrop:
         *,
         flip: bool,
         views: int = 1,
+        after: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.size, self.interpolation, self.flip, self.views = size, interpolation, flip, views
+        self.size, self.interpolation, self.flip, self.views, self.after = size, interpolation, flip, views, after
         self._crop = v2.RandomResizedCrop(size, scale, ratio, interpolation=interpolation)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -108,6 +111,8 @@ class RandomCrop:
         return _mirror(v2.functional.pil_to_tensor(cut), box)
 
     def _views(self, cuts: list[Tensor]) -> Tensor:
+        if self.after is not None:
+            cuts = [self.after(cut) for cut in cuts]
         return cuts[0] if self.views == 1 else torch.stack(cuts)
 
 

@@ -7,7 +7,7 @@ depend on the seed and the position alone; so any process count, worker count an
 import random
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from os import _exit, getppid
@@ -26,6 +26,7 @@ from convscope.core.data.order import Mixed, Order, Shuffled, ShuffledInGroups
 from convscope.core.data.shard_set import Sample, ShardSet, label_of
 from convscope.core.errors import UserError
 
+Fields = Callable[[Sample], Mapping[str, Tensor]]  # further tensors of a sample
 Transform = Callable[[Image.Image], Tensor]  # RGB -> uint8 (3, H, W), or (views, 3, H, W)
 Batch = dict[str, Any]
 Indices = NDArray[np.int64] | Sequence[int]
@@ -48,6 +49,7 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     label: str | None = None,
+    fields: Fields | None = None,
     indices: Indices | None = None,
     weights: Sequence[float] | None = None,
     max_skipped: float = 1e-3,
@@ -67,6 +69,8 @@ def train_batches(
         rank: this process's number.
         world: number of processes that share the stream.
         label: member or json field to yield as `label`.
+        fields: further tensors of a sample; its draws are fixed as those of `transform` are, and a DecodeError skips
+            the sample.
         indices: samples to train on; default all.
         weights: of the parts of `shards`; without, each sample comes once an epoch.
         max_skipped: share of samples that may be replaced, because they cannot be decoded, by the next position's.
@@ -75,15 +79,15 @@ def train_batches(
         pin_memory: page-lock the batches, for copies to a GPU that wait for nothing.
 
     Yields:
-        image uint8 (B, 3, H, W) in channels-last memory, index int64 (B,), label int64 (B,) if asked for, and skipped
-        [(key, cause)].
+        image uint8 (B, 3, H, W) in channels-last memory, index int64 (B,), label int64 (B,) if asked for, fields each
+        (B, ...), and skipped [(key, cause)].
 
     Raises:
         UserError: too many samples cannot be decoded, a label is missing, a shard is damaged.
     """
     order = order_of(shards, seed, weights=weights, indices=indices)
     positions = range(start + rank, stop, world)
-    batches = _Batches(shards, transform, positions, batch_size, label, seed, _as_array(indices), order, exact)
+    batches = _Batches(shards, transform, positions, batch_size, label, fields, seed, _as_array(indices), order, exact)
     return _limit_skipped(_load(batches, workers, pin_memory), max_skipped, shards.source)
 
 
@@ -125,7 +129,7 @@ def eval_batches(
         UserError: a sample cannot be decoded, a label is missing, a shard is damaged.
     """
     positions = range(rank, len(shards) if indices is None else len(indices), world)
-    batches = _Batches(shards, transform, positions, batch_size, label, 0, _as_array(indices), None, exact=True)
+    batches = _Batches(shards, transform, positions, batch_size, label, None, 0, _as_array(indices), None, exact=True)
     return _load(batches, workers)
 
 
@@ -171,6 +175,7 @@ class _Item:
     index: int
     label: int | None
     key: str
+    fields: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,7 @@ class _Batches(Dataset[Any]):
     positions: range
     batch_size: int
     label: str | None
+    fields: Fields | None
     seed: int
     indices: NDArray[np.int64] | None
     order: Order | None  # None: a position is the index itself, and nothing is ever replaced
@@ -211,6 +217,7 @@ class _Batches(Dataset[Any]):
             "index": torch.tensor([item.index for item in items]),
             "skipped": skipped,
         }
+        batch |= default_collate([item.fields for item in items])
         if self.label is not None:
             batch["label"] = torch.tensor([item.label for item in items])
         if self.order is None:
@@ -234,6 +241,7 @@ class _Batches(Dataset[Any]):
             sample = self.shards[index]
             try:
                 image = self._pixels(sample, position)
+                fields = self.fields(sample) if self.fields is not None else {}
             except DecodeError as error:
                 if self.order is None:
                     raise
@@ -241,7 +249,7 @@ class _Batches(Dataset[Any]):
                 index = int(self._samples_at(np.array([position + step]))[0])
                 continue
             label = None if self.label is None else label_of(sample, self.label)
-            return _Item(image, index, label, str(sample["__key__"]))
+            return _Item(image, index, label, str(sample["__key__"]), fields)
         raise UserError(f"{MAX_IN_A_ROW} samples in a row cannot be decoded; the last was {skipped[-1][0]}")
 
     def _pixels(self, sample: Sample, position: int) -> Tensor:

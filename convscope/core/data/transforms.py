@@ -1,6 +1,7 @@
 """From a decoded image to pixels (3, H, W) uint8, and from there, on the device, to what the network takes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def crop_flip(
     interpolation: str = "bicubic",
     flip: bool = True,
     views: int = 1,
+    after: Callable[[Tensor], Tensor] | None = None,
 ) -> RandomCrop:
     """Random crop of a share `scale` of the area, resized to `size`, mirrored half of the time.
 
@@ -54,13 +56,15 @@ def crop_flip(
         interpolation: of the resizing.
         flip: whether to mirror.
         views: crops of one image.
+        after: applied to each crop.
 
     Raises:
         UserError: unknown interpolation.
     """
     height, width = (size, size) if isinstance(size, int) else size
     shape = (ratio[0] * width / height, ratio[1] * width / height)
-    return RandomCrop((height, width), scale, shape, interpolation_mode(interpolation), flip=flip, views=views)
+    mode = interpolation_mode(interpolation)
+    return RandomCrop((height, width), scale, shape, mode, flip=flip, views=views, after=after)
 
 
 class Normalize(nn.Module):

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from convscope.core.checkpoint import RunDirectory
+from convscope.core.data.photometric import PhotometricConfig
 from convscope.core.data.shard_set import ShardSet
-from convscope.core.data.stream import Transform
+from convscope.core.data.stream import Fields, Transform
 from convscope.core.data.transforms import Normalize
 from convscope.core.errors import UserError
 from convscope.core.training.objective import Objective
@@ -85,7 +86,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    """What a run reads: a split, its transform, and how pixels are normalised on the device."""
+    """What a run reads: a split, its transform, and what is done to pixels on the device."""
 
     shards: ShardSet
     transform: Transform
@@ -93,6 +94,8 @@ class TrainData:
     label: str | None = None  # the label field, for supervised objectives
     indices: NDArray[np.int64] | None = None  # a subset of the samples
     weights: tuple[float, ...] | None = None  # of the parts of `shards`
+    fields: Fields | None = None  # further tensors of a sample
+    photometric: PhotometricConfig | None = None  # colour changes, blur; before normalisation
 
     def __len__(self) -> int:
         return len(self.shards) if self.indices is None else len(self.indices)

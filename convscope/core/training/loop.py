@@ -19,6 +19,7 @@ from convscope.core import distributed
 from convscope.core.backbone import Backbone
 from convscope.core.checkpoint import RunDirectory, load_checkpoint
 from convscope.core.data.order import Mixed
+from convscope.core.data.photometric import draw, photometric
 from convscope.core.data.stream import check_skipped, order_of, train_batches
 from convscope.core.errors import UserError
 from convscope.core.log import info, progress
@@ -76,6 +77,9 @@ class _Trainer:
         self.data, self.config, self.run, self.hooks, self.device = data, config, run, hooks, device
         self.total_steps = config.total_steps(len(data))
         self.micro_batch = _micro_batch(config)
+        self.rounds = config.accumulate
+        if config.accumulate > 1 and objective.takes_whole_batch(config.accumulate):
+            self.micro_batch, self.rounds = self.micro_batch * config.accumulate, 1
         if config.grad_checkpointing:
             _checkpoint_activations(objective.backbone)
         objective.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -85,7 +89,13 @@ class _Trainer:
         self.ema = ModelEmaV3(objective, decay=config.ema_decay) if config.ema_decay else None
         self.optimizer = build_optimizer(objective, optimization, config.batch_size)
         warmup_steps = _warmup_steps(optimization, config, len(data))
-        self.schedule = Schedule(self.optimizer, optimization, steps=self.total_steps, warmup_steps=warmup_steps)
+        self.schedule = Schedule(
+            self.optimizer,
+            optimization,
+            steps=self.total_steps,
+            warmup_steps=warmup_steps,
+            milestones=[round(epoch * len(data) / config.batch_size) for epoch in optimization.milestones],
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.clip = optimization.clip
         self.window = Window(device)
@@ -108,8 +118,8 @@ class _Trainer:
             while self.step < self.total_steps:
                 self.schedule.set(self.step)
                 self._seed()
-                for micro in range(self.config.accumulate):
-                    self._accumulate(next(batches), last=micro == self.config.accumulate - 1)
+                for micro in range(self.rounds):
+                    self._accumulate(next(batches), last=micro == self.rounds - 1)
                 self._update()
                 self.step, seen = self.step + 1, seen + self.config.batch_size
                 done = self.step == self.total_steps
@@ -143,6 +153,7 @@ class _Trainer:
             rank=distributed.rank(),
             world=distributed.world(),
             label=self.data.label,
+            fields=self.data.fields,
             indices=self.data.indices,
             weights=self.data.weights,
             max_skipped=self.config.max_skipped,
@@ -159,14 +170,17 @@ class _Trainer:
         inputs = {
             key: value.to(self.device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)
         }
-        inputs["image"] = self.normalize(inputs["image"]).contiguous(memory_format=torch.channels_last)
+        images = inputs["image"]
+        if self.data.photometric is not None:
+            images = photometric(images, draw(self.data.photometric, len(images)))
+        inputs["image"] = self.normalize(images).contiguous(memory_format=torch.channels_last)
         self._report_skipped(batch.get("skipped", ()))
         dtype = PRECISIONS[self.config.precision]
         unsynced = contextlib.nullcontext() if last or distributed.world() == 1 else self.model.no_sync()  # type: ignore[operator]
         with unsynced:
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 output = self.model(inputs)
-            self.scaler.scale(output.loss / self.config.accumulate).backward()
+            self.scaler.scale(output.loss / self.rounds).backward()
         self.window.add(output.loss, output.metrics)
 
     def _update(self) -> None:
@@ -175,6 +189,7 @@ class _Trainer:
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.objective.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.objective, step=self.step)
@@ -302,10 +317,13 @@ def _checkpoint_activations(backbone: Backbone) -> None:
 def _warmup_steps(optimization: OptimizerConfig, config: TrainConfig, images: int) -> int:
     """Steps of the warm-up; one that would take the whole run is cut to a tenth of it, which is said."""
     steps, total = round(optimization.warmup_epochs * images / config.batch_size), config.total_steps(images)
+    if optimization.warmup_steps is not None:
+        steps = optimization.warmup_steps
     if steps < total or total == 1:
         return steps
     if distributed.is_main():
-        info(f"note: a warm-up of {optimization.warmup_epochs:g} epochs does not fit: shortened to {total // 10} steps")
+        asked = f"{steps} steps" if optimization.warmup_steps is not None else f"{optimization.warmup_epochs:g} epochs"
+        info(f"note: a warm-up of {asked} does not fit: shortened to {total // 10} steps")
     return total // 10
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from convscope.core.backbone import Backbone
@@ -27,6 +28,17 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> StepOutput:
         """Loss of one batch; `batch["image"]` is normalised (B, 3, H, W)."""
         raise NotImplementedError
+
+    def takes_whole_batch(self, parts: int) -> bool:
+        """Whether the loss is over all images of a step; such an objective computes `parts` of them at a time itself.
+
+        Otherwise the loop hands over one part after the other and sums their gradients.
+        """
+        return False
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Called after every optimizer step, such as to keep a weight in its range."""
 
     def no_weight_decay(self) -> set[str]:
         """Names of further parameters that weight decay leaves alone (1-d ones and biases always are)."""

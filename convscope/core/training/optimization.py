@@ -1,12 +1,13 @@
 """Optimizer, learning-rate schedule and weight-decay ramp, built on timm."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
 from convscope.core.errors import UserError
@@ -19,14 +20,14 @@ LR_REFERENCE_BATCH = 256
 class OptimizerConfig:
     """How the weights are updated."""
 
-    optimizer: Literal["lamb", "adamw", "sgd", "lars"] = "lamb"
-    """Update rule, timm's."""
+    optimizer: Literal["lamb", "adamw", "adam", "sgd", "lars"] = "lamb"
+    """Update rule, timm's; sgd with Nesterov's momentum."""
     lr: float = 2e-4
     """Peak learning rate for 256 samples; it is multiplied by batch_size/256."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of lamb and adamw."""
+    """Of lamb, adamw and adam."""
     eps: float = 1e-6
-    """Of lamb and adamw."""
+    """Of lamb, adamw and adam."""
     momentum: float = 0.9
     """Of sgd and lars."""
     weight_decay: float = 0.04
@@ -37,12 +38,20 @@ class OptimizerConfig:
     """Largest gradient norm."""
     warmup_epochs: float = 40.0
     """Linear warm-up."""
+    warmup_steps: int | None = None
+    """The same in optimizer steps; it takes the place of the epochs."""
     warmup_start: float = 0.005
     """First learning rate as a share of the peak."""
     lr_end: float = 0.001
-    """Last learning rate as a share of the peak."""
+    """Last learning rate as a share of the peak; of the cosine."""
+    milestones: tuple[float, ...] = ()
+    """Epochs at which the learning rate falls, in place of the cosine."""
+    lr_drop: float = 0.1
+    """Factor by which it falls at each."""
 
     def __post_init__(self) -> None:
+        if list(self.milestones) != sorted(set(self.milestones)) or any(epoch <= 0 for epoch in self.milestones):
+            raise UserError(f"--milestones must be positive and ascend, got {' '.join(map(str, self.milestones))}")
         if self.lr <= 0:
             raise UserError(f"--lr must be positive, got {self.lr}")
         if self.clip is not None and self.clip <= 0:
@@ -59,7 +68,7 @@ def build_optimizer(objective: Objective, config: OptimizerConfig, batch_size: i
     groups = param_groups_weight_decay(objective, weight_decay=1.0, no_weight_decay_list=objective.no_weight_decay())
     groups = [{**group, "decay_scale": group["weight_decay"]} for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": peak_lr(config, batch_size), "weight_decay": config.weight_decay}
-    if config.optimizer in ("lamb", "adamw"):
+    if config.optimizer in ("lamb", "adamw", "adam"):
         options |= {"betas": config.betas, "eps": config.eps}
     else:
         options |= {"momentum": config.momentum}
@@ -75,23 +84,33 @@ class Schedule:
     Args:
         steps: optimizer steps in the whole run; the last one, `steps - 1`, has exactly the floor values.
         warmup_steps: steps of linear warm-up.
+        milestones: steps from which on the learning rate is lower by another factor; they replace the cosine.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, config: OptimizerConfig, *, steps: int, warmup_steps: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: OptimizerConfig,
+        *,
+        steps: int,
+        warmup_steps: int,
+        milestones: Sequence[int] = (),
     ) -> None:
         self.optimizer, self.config, self.steps = optimizer, config, steps
         peak = optimizer.param_groups[0]["lr"]
         warmup_steps = min(warmup_steps, steps - 1)
-        self._lr = CosineLRScheduler(
-            optimizer,
-            t_initial=max(steps - 1 - warmup_steps, 1),
-            lr_min=config.lr_end * peak,
-            warmup_t=warmup_steps,
-            warmup_lr_init=config.warmup_start * peak,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
+        warmup: dict[str, Any] = {
+            "warmup_t": warmup_steps,
+            "warmup_lr_init": config.warmup_start * peak,
+            "t_in_epochs": False,
+        }
+        self._lr: Any
+        if milestones:
+            ends = [step + 1 for step in milestones]  # timm looks one step ahead
+            self._lr = MultiStepLRScheduler(optimizer, decay_t=ends, decay_rate=config.lr_drop, **warmup)
+        else:
+            length, floor = max(steps - 1 - warmup_steps, 1), config.lr_end * peak
+            self._lr = CosineLRScheduler(optimizer, t_initial=length, lr_min=floor, warmup_prefix=True, **warmup)
 
     def set(self, step: int) -> None:
         """Set every group's values for optimizer step `step`, counted from 0."""

@@ -1,0 +1,51 @@
+"""`convscope export backbone | open-clip`: trained weights in the formats that other libraries load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from convscope.core.config import parse_assignments
+from convscope.core.models import load_backbone, save_backbone
+from convscope.core.pairs.model import load_image_text
+from convscope.core.pairs.open_clip_format import export_open_clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportBackbone:
+    """Write a backbone under timm's keys; timm.create_model(ARCH, num_classes=0, checkpoint_path=FILE) loads it."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint, run directory, or timm:NAME (docs/design.md, Models)."""
+    output: Path
+    """The .safetensors file to write."""
+    arch: str | None = None
+    """Architecture of weights that do not name their own."""
+    model_args: tuple[str, ...] = ()
+    """Its arguments, such as depths=2,2,6,2."""
+    allow_partial: float = 1.0
+    """Accepted share of the backbone's weights that a checkpoint provides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOpenClip:
+    """Write both towers as a folder; open_clip.create_model_and_transforms("local-dir:FOLDER") loads it."""
+
+    model: tyro.conf.Positional[str]
+    """Run of pretrain clip, or its image_text.safetensors."""
+    output: Path
+    """The folder to write."""
+
+
+def run_backbone(config: ExportBackbone) -> None:
+    """Load, write and name the file."""
+    arguments = parse_assignments(config.model_args)
+    backbone = load_backbone(config.model, arch=config.arch, model_args=arguments, allow_partial=config.allow_partial)
+    save_backbone(config.output, backbone)
+    print(config.output)
+
+
+def run_open_clip(config: ExportOpenClip) -> None:
+    """Load, write, load with open_clip and compare, and name the folder."""
+    export_open_clip(load_image_text(config.model), config.output)
+    print(config.output)

@@ -1,0 +1,70 @@
+"""Retrieval and zero-shot accuracy on held-out pairs while a contrastive objective trains."""
+
+import numpy as np
+import torch
+
+from convscope.core.data.shard_set import ShardSet, label_of
+from convscope.core.errors import UserError
+from convscope.core.log import info
+from convscope.core.pairs.embed import embed_classes, embed_images, embed_texts, read_captions
+from convscope.core.pairs.metrics import rank_pairs
+from convscope.core.pairs.model import ImageText
+from convscope.core.training.config import Hook, LoopState
+
+TEMPLATE = "a photo of a {}"
+RECALL_AT = (1, 5, 10)
+
+
+class PairEvaluation(Hook):
+    """Adds a line `eval/...` to metrics.jsonl at intervals, of the same pairs every time.
+
+    Args:
+        shards: held-out pairs.
+        every: steps between two looks; there is one after the last step too.
+        count: how many pairs, evenly over the split.
+        field: member or json field of the captions.
+        lines: every line of a text is a caption of its own.
+    """
+
+    def __init__(self, shards: ShardSet, every: int, count: int, field: str | None, lines: bool) -> None:
+        self.shards, self.every = shards, every
+        self.indices = np.unique(np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(np.int64))
+        self.captions = read_captions(shards, self.indices, field, lines=lines)
+        self.labels = _labels(shards, self.indices)
+
+    def after_step(self, state: LoopState) -> None:
+        """Look when it is time."""
+        if state.step % self.every and state.step != state.total_steps:
+            return
+        objective = state.objective
+        assert isinstance(objective, ImageText)
+        training = objective.training
+        objective.eval()
+        try:
+            found = {f"eval/{name}": round(value, 6) for name, value in self.measure(objective).items()}
+        finally:
+            objective.train(training)
+        state.run.append_metrics({"step": state.step, **found})
+        state.logged |= found
+        shown = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
+        info("  ".join([f"step {state.step}", *(f"{n} {found[k]:.4f}" for n in shown if (k := f"eval/{n}") in found)]))
+
+    def measure(self, pair: ImageText) -> dict[str, float]:
+        """Recalls both ways, and zero-shot accuracy where classes are known."""
+        images = embed_images(pair, self.shards, self.indices)
+        texts = embed_texts(pair, self.captions.texts)
+        to_text, to_image = rank_pairs(images, texts, self.captions.text, self.captions.image)
+        found: dict[str, float] = {}
+        for direction, ranks in (("image_to_text", to_text), ("text_to_image", to_image)):
+            found |= {f"{direction}_recall@{k}": float(ranks.hits(k).mean()) for k in RECALL_AT}
+        if self.labels is not None and self.shards.classes:
+            classes = embed_classes(pair, self.shards.classes, [TEMPLATE])
+            found["zero_shot_top1"] = float(((images @ classes.T).argmax(1) == self.labels).double().mean())
+        return found
+
+
+def _labels(shards: ShardSet, indices: np.ndarray) -> torch.Tensor | None:
+    try:
+        return torch.tensor([label_of(shards.without_image(index)) for index in indices.tolist()])
+    except UserError:
+        return None
