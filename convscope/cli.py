@@ -50,7 +50,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ),
     ("pretrain", "rotation"): Command("convscope.ssl.commands", "RotationCommand", "rotation prediction (RotNet)"),
     ("pretrain", "clip"): Command(
-        "convscope.ssl.commands", "ClipCommand", "contrastive image-text training (CLIP, SigLIP, ConVIRT)"
+        "convscope.ssl.clip_command", "ClipCommand", "contrastive image-text training (CLIP, SigLIP, ConVIRT)"
     ),
     ("eval", "linear-probe"): Command(
         "convscope.eval.linear_probe", "LinearProbeCommand", "linear classifiers on frozen features"

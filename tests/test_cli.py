@@ -299,13 +299,14 @@ DROP_PATH = {
 }
 
 
-def resolved(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Mapping[str, Any]:
+def resolved(monkeypatch: pytest.MonkeyPatch, *flags: str, objective: str = "spark") -> Mapping[str, Any]:
     """The settings that a command line comes to."""
     from convscope.core.config import to_dict
 
     taken = []
-    monkeypatch.setattr("convscope.ssl.pretrain.run", taken.append)
-    main(["pretrain", "spark", "--data", "d", "--output-dir", "o", *flags])
+    module = "clip_command" if objective == "clip" else "commands"
+    monkeypatch.setattr(f"convscope.ssl.{module}.run", taken.append)
+    main(["pretrain", objective, "--data", "d", "--output-dir", "o", *flags])
     return to_dict(taken[0])
 
 
@@ -324,17 +325,19 @@ def test_own_flags_win_over_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["drop_path"] == DROP_PATH["resnet101"]
 
 
-@pytest.mark.parametrize("name", presets())
-def test_every_preset_is_valid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    flags = presets()[name]["flags"]
-    values = resolved(monkeypatch, "--preset", name, *([] if "epochs" in flags else ["--epochs", "1"]))
+@pytest.mark.parametrize(("objective", "name"), [(kind, name) for kind, named in presets().items() for name in named])
+def test_every_preset_is_valid(monkeypatch: pytest.MonkeyPatch, objective: str, name: str) -> None:
+    flags = presets()[objective][name]["flags"]
+    budget = [] if "epochs" in flags else ["--epochs", "1"]
+    values = resolved(monkeypatch, "--preset", name, *budget, objective=objective)
     flat = {**values, **values["objective"], **values["optimization"], **values["train"]}
+    flat |= values["objective"].get("photometric", {})
     for key, value in flags.items():
         assert flat[key] == (None if value == "None" else value)
 
 
 def test_presets_that_do_not_fit(fails: Callable[..., str], data: Path, tmp_path: Path) -> None:
-    assert "no preset 'offical'; presets: official" in fails(*spark(data, tmp_path, "--preset", "offical"))
+    assert "no preset 'offical'; presets of spark: official" in fails(*spark(data, tmp_path, "--preset", "offical"))
     said = fails(*spark(data, tmp_path, "--preset", "official"))
     assert "published for resnet50" in said
     assert "not for resnet18_cifar" in said

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from convscope.core.data.shard_set import open_shards
 from convscope.core.distributed import pick_device
 from convscope.core.memory import keep_freed_memory
+from convscope.core.pairs.captions import CaptionSource
 from convscope.core.pairs.embed import embed_images, embed_texts, read_captions
 from convscope.core.pairs.metrics import Ranks, rank_pairs
 from convscope.core.pairs.pair import load_pair
@@ -28,7 +29,7 @@ def evaluate(config: "RetrievalCommand") -> EvalResult:
         UserError: what loading or reading refuses; a sample without a caption.
     """
     shards = open_shards(config.data, config.test_split)
-    captions = read_captions(shards, field=config.caption_field, lines=config.caption_lines)
+    captions = read_captions(shards, CaptionSource(field=config.caption_field, lines=config.caption_lines))
     pair, record = load_pair(config.model)
     device, bf16 = pick_device(config.device), config.precision == "bf16"
     if device.type == "cpu":

@@ -6,6 +6,7 @@ import torch
 from convscope.core.data.shard_set import ShardSet, label_of
 from convscope.core.errors import UserError
 from convscope.core.log import info
+from convscope.core.pairs.captions import CaptionSource
 from convscope.core.pairs.embed import embed_classes, embed_images, embed_texts, read_captions
 from convscope.core.pairs.metrics import rank_pairs
 from convscope.core.pairs.model import ImageText
@@ -22,14 +23,13 @@ class PairEvaluation(Hook):
         shards: held-out pairs.
         every: steps between two looks; there is one after the last step too.
         count: how many pairs, evenly over the split.
-        field: member or json field of the captions.
-        lines: every line of a text is a caption of its own.
+        source: where captions come from; with sentences about classes there is no retrieval, many images share them.
     """
 
-    def __init__(self, shards: ShardSet, every: int, count: int, field: str | None, lines: bool) -> None:
+    def __init__(self, shards: ShardSet, every: int, count: int, source: CaptionSource) -> None:
         self.shards, self.every = shards, every
         self.indices = np.unique(np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(np.int64))
-        self.captions = read_captions(shards, self.indices, field, lines=lines)
+        self.captions = None if source.classes else read_captions(shards, source, self.indices)
         self.labels = _labels(shards, self.indices)
 
     def after_step(self, state: LoopState) -> None:
@@ -52,11 +52,12 @@ class PairEvaluation(Hook):
     def measure(self, pair: ImageText) -> dict[str, float]:
         """Recalls both ways, and zero-shot accuracy where classes are known."""
         images = embed_images(pair, self.shards, self.indices)
-        texts = embed_texts(pair, self.captions.texts)
-        to_text, to_image = rank_pairs(images, texts, self.captions.text, self.captions.image)
         found: dict[str, float] = {}
-        for direction, ranks in (("image_to_text", to_text), ("text_to_image", to_image)):
-            found |= {f"{direction}_recall@{k}": float(ranks.hits(k).mean()) for k in RECALL_AT}
+        if self.captions is not None:
+            texts = embed_texts(pair, self.captions.texts)
+            to_text, to_image = rank_pairs(images, texts, self.captions.text, self.captions.image)
+            for direction, ranks in (("image_to_text", to_text), ("text_to_image", to_image)):
+                found |= {f"{direction}_recall@{k}": float(ranks.hits(k).mean()) for k in RECALL_AT}
         if self.labels is not None and self.shards.classes:
             classes = embed_classes(pair, self.shards.classes, [TEMPLATE])
             found["zero_shot_top1"] = float(((images @ classes.T).argmax(1) == self.labels).double().mean())

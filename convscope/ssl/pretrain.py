@@ -85,7 +85,7 @@ class PretrainCommand:
         """Changes of colour and sharpness."""
         return None
 
-    def fields(self, objective: Objective) -> Fields | None:
+    def fields(self, objective: Objective, shards: ShardSet) -> Fields | None:
         """What the objective reads of a sample beside its image."""
         return None
 
@@ -128,7 +128,7 @@ def pretrain(config: PretrainCommand) -> None:
             transform=objective_config.transform(backbone),
             normalize=Normalize(backbone.preprocessing.mean, backbone.preprocessing.std),
             weights=config.data_weights or None,
-            fields=config.fields(objective),
+            fields=config.fields(objective, shards),
             photometric=config.photometric(),
         )
         with RunDirectory(config.output_dir, main=main) as run_dir:

@@ -8,7 +8,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from convscope.core import distributed
-from tests.two_processes import run_on_two
+from tests.processes import run_on_two
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from convscope.core.models import load_backbone
 from convscope.ssl.objectives.spark import Spark, SparkConfig, normalise_patches
 from convscope.ssl.objectives.spark_decoders import UpSample
 from convscope.ssl.sparse.units import VisibleUnits
+from tests.processes import run_on_two
 from tests.ssl.dense_reference import DenseMasked
-from tests.two_processes import run_on_two
 
 NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "resnet": ("resnet50", {"layers": (1, 1, 1, 1), "channels": (4, 8, 16, 32)}, 32),

@@ -3,15 +3,15 @@
 import json
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from open_clip import SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 
 from convscope.core.data.decode import DecodeError
-from convscope.core.data.shard_set import Sample, ShardSet
+from convscope.core.data.shard_set import Sample, ShardSet, label_of
 from convscope.core.errors import UserError
 from convscope.core.pairs.tokenizers import Tokenizer
 
@@ -22,21 +22,63 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 TOKENIZER_SAMPLES = 100_000  # captions that a tokenizer is trained on, at most
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionSource:
+    """Where the captions of a sample come from.
+
+    Args:
+        field: member or json field; without, the usual ones are tried.
+        lines: every line of a text is a caption of its own.
+        classes: names of classes; captions are then sentences about the name of the sample's label.
+    """
+
+    field: str | None = None
+    lines: bool = False
+    classes: tuple[str, ...] = ()
+
+    def __call__(self, sample: Sample) -> list[str]:
+        """All captions of a sample, at least one; empty ones are left out.
+
+        Raises:
+            DecodeError: it has none.
+            UserError: it has no label, or one beyond the names.
+        """
+        if self.classes:
+            return self._about(label_of(sample))
+        for place in (sample, _json(sample)):
+            value: Any = next((place[name] for name in self.names if name in place), None)
+            if isinstance(value, bytes):
+                value = value.decode(errors="replace")
+            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            parts = [part for text in texts for part in (text.splitlines() if self.lines else [text])]
+            if found := [part.strip() for part in parts if part.strip()]:
+                return found
+        raise DecodeError(str(sample["__key__"]), f"no caption ({', '.join(self.names)})")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Members and fields that are tried."""
+        return FIELDS if self.field is None else (self.field,)
+
+    def _about(self, label: int) -> list[str]:
+        if not 0 <= label < len(self.classes):
+            raise UserError(f"label {label} has no name among {len(self.classes)} classes")
+        return [template(self.classes[label]) for template in SIMPLE_IMAGENET_TEMPLATES]
+
+
 @dataclass(frozen=True)
 class CaptionTokens:
     """Reads one caption of a sample as `text` (context_length,) int64; draws come from Python's generator.
 
     Args:
         tokenizer: makes tokens of it.
+        source: where captions come from.
         sampling: the first caption, a random one, or a random sentence of a random one.
-        field: member or json field of the captions; without, the usual ones are tried.
-        lines: every line of a text is a caption of its own.
     """
 
     tokenizer: Tokenizer
+    source: CaptionSource
     sampling: Sampling = "first"
-    field: str | None = None
-    lines: bool = False
 
     def __call__(self, sample: Sample) -> dict[str, Tensor]:
         """Tokens of one caption.
@@ -44,29 +86,11 @@ class CaptionTokens:
         Raises:
             DecodeError: the sample has none.
         """
-        captions = captions_of(sample, self.field, lines=self.lines)
+        captions = self.source(sample)
         caption = captions[0] if self.sampling == "first" else random.choice(captions)
         if self.sampling == "sentence":
             caption = random.choice(sentences(caption))
         return {"text": self.tokenizer([caption])[0]}
-
-
-def captions_of(sample: Sample, field: str | None = None, *, lines: bool = False) -> list[str]:
-    """All captions of a sample, at least one; empty ones are left out.
-
-    Raises:
-        DecodeError: it has none.
-    """
-    names = _names(field)
-    for place in (sample, _json(sample)):
-        value: Any = next((place[name] for name in names if name in place), None)
-        if isinstance(value, bytes):
-            value = value.decode(errors="replace")
-        texts = value if isinstance(value, list) else [value]
-        parts = [part for text in texts if isinstance(text, str) for part in (text.splitlines() if lines else [text])]
-        if found := [part.strip() for part in parts if part.strip()]:
-            return found
-    raise DecodeError(str(sample["__key__"]), f"no caption ({', '.join(names)})")
 
 
 def sentences(text: str) -> list[str]:
@@ -74,7 +98,7 @@ def sentences(text: str) -> list[str]:
     return [part.strip() for part in SENTENCE_END.split(text) if part.strip()] or [text]
 
 
-def sample_captions(shards: ShardSet, seed: int, field: str | None = None, *, lines: bool = False) -> list[str]:
+def sample_captions(shards: ShardSet, source: CaptionSource, seed: int) -> list[str]:
     """Captions of up to 100 000 samples drawn at random, in the shards' order.
 
     Raises:
@@ -85,16 +109,12 @@ def sample_captions(shards: ShardSet, seed: int, field: str | None = None, *, li
     found: list[str] = []
     for index in indices.tolist():
         try:
-            found += captions_of(shards.without_image(index), field, lines=lines)
+            found += source(shards.without_image(index))
         except DecodeError:
             continue  # training counts and names it
     if not found:
-        raise UserError(f"{shards.source} has no captions: no member or json field {' or '.join(_names(field))}")
+        raise UserError(f"{shards.source} has no captions: no member or json field {' or '.join(source.names)}")
     return found
-
-
-def _names(field: str | None) -> Sequence[str]:
-    return FIELDS if field is None else (field,)
 
 
 def _json(sample: Sample) -> dict[str, Any]:

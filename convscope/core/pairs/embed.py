@@ -14,7 +14,7 @@ from convscope.core.data.stream import eval_batches
 from convscope.core.data.transforms import Normalize, eval_transform
 from convscope.core.errors import UserError
 from convscope.core.log import progress
-from convscope.core.pairs.captions import captions_of
+from convscope.core.pairs.captions import CaptionSource
 from convscope.core.pairs.pair import Pair
 
 TEXTS = 256  # encoded at a time
@@ -29,9 +29,7 @@ class Captions:
     image: Tensor  # (M,) and which image it belongs to, counted within the images asked for
 
 
-def read_captions(
-    shards: ShardSet, indices: NDArray[np.int64] | None = None, field: str | None = None, *, lines: bool = False
-) -> Captions:
+def read_captions(shards: ShardSet, source: CaptionSource, indices: NDArray[np.int64] | None = None) -> Captions:
     """All captions of the samples at `indices`, or of every sample.
 
     Raises:
@@ -41,7 +39,7 @@ def read_captions(
     text, image = [], []
     places = range(len(shards)) if indices is None else indices.tolist()
     for place, index in enumerate(places):
-        for caption in captions_of(shards.without_image(index), field, lines=lines):
+        for caption in source(shards.without_image(index)):
             text.append(numbers.setdefault(caption, len(numbers)))
             image.append(place)
     return Captions(list(numbers), torch.tensor(text), torch.tensor(image))

@@ -61,11 +61,11 @@ class ImageText(Pair):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> unit vectors (B, D), float32."""
-        return F.normalize(self.image_head(self.backbone(images)).float(), dim=-1)
+        return _unit(self.image_head(self.backbone(images)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) int64 -> unit vectors (B, D), float32."""
-        return F.normalize(self.text_head(self.text(tokens)).float(), dim=-1)
+        return _unit(self.text_head(self.text(tokens)))
 
     def describe(self) -> dict[str, Any]:
         """Architecture and tokenizer as plain values."""
@@ -143,6 +143,11 @@ def _fill(pair: ImageText, state: State, path: Path) -> None:
         raise UserError(f"{path} does not fit its own description: {str(error).splitlines()[1].strip()}") from error
     if broken := [key for key, value in state.items() if not torch.isfinite(value).all()]:
         raise UserError(f"{path}: {len(broken)} weights hold NaN or infinity, the first is {broken[0]}")
+
+
+def _unit(features: Tensor) -> Tensor:
+    full = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    return F.normalize(full, dim=-1)
 
 
 def _projection(width: int, space: SharedSpace) -> nn.Module:

@@ -54,7 +54,8 @@ class CaptionTokenizer(Tokenizer):
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token numbers of each text."""
         # one by one: a batch is encoded by threads, which do not survive the fork of a data loader
-        return torch.tensor([self.encoder.encode(self._clean(text)).ids for text in texts]).view(len(texts), -1)
+        ids = [self.encoder.encode(self._clean(text)).ids for text in texts]
+        return torch.tensor(ids, dtype=torch.int64).view(len(texts), self.context_length)
 
     def describe(self) -> dict[str, Any]:
         """Plain values."""

@@ -95,6 +95,8 @@ class ClipConfig:
     """Member or json field of the captions; default: txt, text, caption, captions."""
     caption_lines: bool = False
     """Every line of a text is a caption of its own."""
+    class_captions: bool = False
+    """Make captions of class names ("a photo of the large dog."): for data with labels and without captions."""
     size: int | None = None
     """Side of the training crop in pixels; default: the backbone's own input size."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
