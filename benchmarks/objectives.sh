@@ -16,7 +16,7 @@ timed() { # NAME COMMAND...
 
 convscope shards build "$images" "$out/shards"
 timed rotation convscope pretrain rotation --data "$out/shards" --output-dir "$out/rotation" "${network[@]}" --size 32 \
-  --crop-scale 0.35 1 --batch-size 128 --lr 0.2 --precision bf16 --epochs 4.2
+  --crop-scale 0.77 1 --batch-size 32 --lr 0.1 --precision bf16 --epochs 4
 timed clip convscope pretrain clip --data "$out/shards" --output-dir "$out/clip" "${network[@]}" --size 32 \
   --class-captions --embed-dim 128 --text-width 128 --text-layers 2 --context-length 16 --vocab-size 300 \
   --crop-scale 0.35 1 --flip --batch-size 256 --lr 1e-3 --precision bf16 --epochs 7

@@ -72,6 +72,14 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("export", "open-clip"): Command(
         "convscope.core.export", "ExportOpenClip", "an image-text model as open_clip loads it", run="run_open_clip"
     ),
+    ("slurm", "status"): Command(
+        "convscope.slurm.commands", "RunCommand", "state, progress and speed of a submitted run", run="run_status"
+    ),
+    ("slurm", "logs"): Command("convscope.slurm.commands", "LogsCommand", "its logs", run="run_logs"),
+    ("slurm", "cancel"): Command("convscope.slurm.commands", "RunCommand", "cancel its job", run="run_cancel"),
+    ("slurm", "resume"): Command(
+        "convscope.slurm.commands", "RunCommand", "submit it again, as it was last", run="run_resume"
+    ),
     ("report",): Command("convscope.report.runs", "ReportCommand", "compare runs and results in one HTML file"),
 }
 
@@ -159,6 +167,11 @@ def _help(group: str | None) -> str:
 def _run(command: Command, words: list[str], arguments: list[str]) -> None:
     module = importlib.import_module(command.module)
     config_class = getattr(module, command.config)
+    arguments, slurm = _take_slurm(arguments)
+    arguments, sweep = _take_option(arguments, "--sweep")
+    if sweep is not None and slurm is None:
+        raise UserError("a sweep is an array of jobs: add --slurm.* flags, or --slurm.local to run it here")
+    line = [*words, *arguments]
     arguments, saved = _take_option(arguments, "--config")
     arguments, preset = _take_option(arguments, "--preset")
     if preset is not None:
@@ -166,7 +179,20 @@ def _run(command: Command, words: list[str], arguments: list[str]) -> None:
     elif saved is not None:
         arguments = _other_budgets_off(arguments)
     config = _parse(config_class, arguments, f"convscope {' '.join(words)}", saved)
-    getattr(module, command.run)(config)
+    if slurm is None:
+        getattr(module, command.run)(config)
+        return
+    from convscope.slurm.submit import submit
+
+    submit(line, slurm, None if sweep is None else Path(sweep))
+
+
+def _take_slurm(arguments: list[str]) -> tuple[list[str], Any]:
+    if not any(argument.startswith("--slurm.") for argument in arguments):
+        return arguments, None
+    from convscope.slurm.settings import split
+
+    return split(arguments)
 
 
 def _take_option(arguments: list[str], flag: str) -> tuple[list[str], str | None]:

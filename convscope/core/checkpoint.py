@@ -19,16 +19,26 @@ from convscope.core.errors import UserError
 from convscope.core.files import atomic_write, write_bytes, write_json
 from convscope.core.log import info
 
+SUPERSEDED = 75  # exit code of an attempt that another one has replaced (EX_TEMPFAIL)
+
 
 class RunDirectory:
     """The files of one run (docs/design.md); use it as a context manager to hold its lock.
 
-    Only the process with `main=True` writes, but for skipped.jsonl; the others read the same checkpoint.
+    Only the process with `main=True` writes, but for skipped.jsonl; the others read the same checkpoint. Each start of
+    the run takes a number, and one that is not the newest any more writes nothing and ends: on a cluster a process can
+    outlive the attempt that it belongs to. There a lock that is still held is no reason to refuse.
+
+    Args:
+        path: the folder.
+        main: whether this process writes.
+        takes_over: go on although another process holds the lock.
     """
 
-    def __init__(self, path: Path, *, main: bool = True) -> None:
+    def __init__(self, path: Path, *, main: bool = True, takes_over: bool = False) -> None:
         self.path = path
         self.main = main
+        self.takes_over = takes_over
         self.attempt = 0
         self._lock: int | None = None
 
@@ -44,10 +54,12 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
         except BlockingIOError:
             holder = (self.path / ".lock").read_text().strip()
-            os.close(self._lock)
-            raise UserError(
-                f"another run is writing to {self.path} ({holder}); wait for it or choose another --output-dir"
-            ) from None
+            if not self.takes_over:
+                os.close(self._lock)
+                raise UserError(
+                    f"another run is writing to {self.path} ({holder}); wait for it or choose another --output-dir"
+                ) from None
+            info(f"warning: an earlier attempt still holds {self.path} ({holder}); it ends when it next writes")
         except OSError as error:
             info(f"warning: {self.path} cannot be locked ({error.strerror}); see that no other run writes to it")
         for left in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):  # by a kill in the middle of a write
@@ -97,8 +109,21 @@ class RunDirectory:
             return
         folder = self.path / "attempts"
         folder.mkdir(exist_ok=True)
-        self.attempt = 1 + max((int(file.stem) for file in folder.glob("[0-9]*.json")), default=0)
+        self.attempt = self._newest_attempt()
+        while True:
+            self.attempt += 1
+            with suppress(FileExistsError):  # another start took the number at the same moment
+                os.close(os.open(folder / f"{self.attempt:04d}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+                break
         write_json(folder / f"{self.attempt:04d}.json", {"started": time.time(), **record})
+
+    def _newest_attempt(self) -> int:
+        return max((int(file.stem) for file in (self.path / "attempts").glob("[0-9]*.json")), default=0)
+
+    def _require_newest(self) -> None:
+        if self.attempt and self._newest_attempt() != self.attempt:
+            info(f"attempt {self.attempt} of {self.path} was superseded by a newer one and ends here")
+            raise SystemExit(SUPERSEDED)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
@@ -108,11 +133,13 @@ class RunDirectory:
         """Write checkpoints/step-NNNNNNNN.pt, move `latest` to it, and delete all but the `keep` newest."""
         folder = self.path / "checkpoints"
         file = folder / f"step-{step:08d}.pt"
+        self._require_newest()
         with atomic_write(file) as stream:
             try:
                 torch.save(dict(state), stream)
             except RuntimeError as error:  # how torch reports a full disk
                 raise UserError(f"cannot write {file}: {str(error).splitlines()[0]}; is the disk full?") from error
+        self._require_newest()
         write_bytes(folder / "latest", f"{file.name}\n".encode())
         others = [other for other in sorted(folder.glob("step-*.pt")) if other != file]
         earlier = [other for other in others if other.name < file.name]
@@ -131,6 +158,7 @@ class RunDirectory:
         self._append("skipped.jsonl", line)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        self._require_newest()
         try:
             with open(self.path / name, "a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -108,15 +108,24 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, unreadable, or not a mapping.
     """
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of settings")
+    return values
+
+
+def read_yaml(path: Path) -> Any:
+    """Read any YAML.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no mapping of settings")
-    return values
 
 
 def save_yaml(path: Path, config: Any) -> None:

@@ -1,5 +1,6 @@
 """Fine-tuning: the whole network trained on all labels or a few, from a checkpoint or from scratch."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
         torch.manual_seed(config.train.seed)
         objective = Classification(backbone, int(labels.max()) + 1, config.label_smoothing)
         main = distributed.is_main()
-        with RunDirectory(config.output_dir, main=main) as run_dir:
+        with RunDirectory(config.output_dir, main=main, takes_over="CONVSCOPE_JOB" in os.environ) as run_dir:
             run_dir.claim(config, RESUMABLE)
             data = _train_data(config, backbone, shards, indices)
             trained = train(objective, data, config.train, config.optimization, run_dir)

@@ -131,7 +131,7 @@ def pretrain(config: PretrainCommand) -> None:
             fields=config.fields(objective, shards),
             photometric=config.photometric(),
         )
-        with RunDirectory(config.output_dir, main=main) as run_dir:
+        with RunDirectory(config.output_dir, main=main, takes_over="CONVSCOPE_JOB" in os.environ) as run_dir:
             run_dir.claim(config, RESUMABLE)
             if main:
                 write_json(config.output_dir / "environment.json", environment())

@@ -296,7 +296,8 @@ class _Trainer:
     def _announce(self, optimization: OptimizerConfig) -> None:
         if not distributed.is_main():
             return
-        self.run.start_attempt({"step": self.step, "world": distributed.world(), **environment()})
+        record = {"step": self.step, "total_steps": self.total_steps, "world": distributed.world()}
+        self.run.start_attempt({**record, **environment()})
         peak = peak_lr(optimization, self.config.batch_size)
         info(
             f"{count_parameters(self.objective) / 1e6:.2f} M parameters on {self.device} x {distributed.world()}; "

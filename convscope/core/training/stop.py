@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that the loop reads between steps."""
+"""Ctrl-C, SIGTERM and SIGUSR2 as a flag that the loop reads between steps."""
 
 import contextlib
 import signal
@@ -20,20 +20,26 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM into a flag that the loop reads between steps; a second one kills."""
+    """Turn SIGINT, SIGTERM and SIGUSR2 (a cluster's time limit) into a flag that the loop reads between steps.
+
+    A second Ctrl-C kills. A SIGUSR2 that was blocked until now, so as not to be lost, is let through.
+    """
     stop = Stop()
     previous: dict[int, Any] = {}
 
     def remember(number: int, _: object) -> None:
         stop.signal = number
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         previous[number] = signal.getsignal(number)
         signal.signal(number, remember)
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
     try:
         yield stop
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for restored, handler in previous.items():
             signal.signal(restored, handler)
 
