@@ -12,7 +12,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -142,9 +142,8 @@ def timed(settings: Settings, precision: str) -> dict[str, Any]:
     return {"precision": precision, "seconds": seconds, "open_clip / ours": round(ratio, 3), "peak MB": memory}
 
 
-def curve(settings: Settings) -> list[dict[str, Any]]:
+def curve(settings: Settings) -> Iterator[dict[str, Any]]:
     """Peak memory of the whole process by batch size."""
-    rows = []
     for batch in settings.batches:
         row: dict[str, Any] = {"batch": batch}
         for name, way, parts in (
@@ -155,8 +154,7 @@ def curve(settings: Settings) -> list[dict[str, Any]]:
             one = Way(way, settings, "fp32", batch, parts)
             seconds = one.step(2)[1]
             row[name] = {"peak MB": round(one.close()), "seconds": round(seconds, 2)}
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main(settings: Settings) -> None:

@@ -5,6 +5,7 @@ All of them at once, each on nodes of its own, for most of the time is waiting.
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -191,3 +192,40 @@ def logs(folder: Path, run: str = "*") -> str:
     """The end of every log."""
     files = sorted(folder.glob(f"{run}/slurm/*_log.err"))
     return "\n".join(f"{file}: {file.read_text(errors='replace')[-1500:]}" for file in files)
+
+
+def wait_for(done: Callable[[], bool], folder: Path, seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, logs(folder)
+        time.sleep(0.3)
+
+
+def exported(run: Path) -> bool:
+    return (run / "backbone.safetensors").is_file()
+
+
+@pytest.mark.slurm
+def test_arrays_gpus_and_jobs_that_submit_jobs(nodes: Path, folder: Path) -> None:
+    data, file = write_split(folder / "data" / "train", [20]), folder / "sweep.yaml"
+    file.write_text("seed: [0, 1]\n")
+    short = ("--steps", "4", "--slurm.timeout", "5")
+    first, second = folder / "first", folder / "second"
+    words = ["pretrain", "spark", "--data", str(data), *RUN]
+    inner = " ".join([*words, "--output-dir", str(second), *short, "--slurm.gpus-per-node", "2"])
+    submit(data, first, *short, "--slurm.gpus-per-node", "1", "--slurm.then", inner)
+    sweep = [*words, "--output-dir", str(folder / "sweep"), *short, "--sweep", str(file)]
+    submitted = convscope(*sweep).split()
+    assert submitted[1].rsplit("_", 1) == [submitted[4].rsplit("_", 1)[0], "0"]  # one array
+    points = [folder / "sweep" / f"seed={seed}" for seed in (0, 1)]
+    wait_for(lambda: all(map(exported, [first, second, *points])), folder)
+    worlds = [json.loads((run / "attempts" / "0001.json").read_text())["world"] for run in (first, second)]
+    assert worlds == [1, 2]  # a process for each GPU
+    weights = [load_file(run / "backbone.safetensors")["conv1.weight"] for run in points]
+    assert not torch.equal(*weights)
+
+    wait_for(lambda: all(job_state(str(submissions(run)[-1]["job"])) == "COMPLETED" for run in points), folder)
+    (points[1] / "backbone.safetensors").unlink()
+    submitted = convscope(*sweep).split()
+    assert submitted[2:] == [str(points[1])]  # the other one is finished
+    wait_for(lambda: exported(points[1]), folder)
