@@ -25,7 +25,7 @@ from convscope.slurm.state import job_state, submissions
 from tests.core.data.tars import write_split
 from tests.core.training.small_run import metrics
 
-STEPS, POKE_AT, PATIENCE = 120, 30, 230.0  # steps of a run, step at which it is disturbed, seconds for all
+STEPS, POKE_AT, PATIENCE = 80, 24, 200.0  # steps of a run, step at which it is disturbed, seconds for all
 RUN = [
     *("--backbone", "resnet18_cifar", "--backbone-args", "channels=4,4,8,8", "--size", "32", "--mask-unit", "8"),
     *("--decoder-width", "16", "--batch-size", "8", "--steps", str(STEPS), "--log-every", "2", "--warmup-epochs", "1"),
@@ -40,7 +40,10 @@ USED = {  # by scenario, the nodes that it may use
     "cancelled": (1, 2),
     "zombie": (8, 9),
     "time limit": (10, 1, 2),
+    "undisturbed": (1, 2),
+    "undisturbed, one process": (9, 10),
 }
+ALONE = {"zombie", "undisturbed, one process"}  # on one node; the others are on two
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +161,7 @@ def test_every_ending_is_survived(nodes: Path, folder: Path) -> None:
     jobs = {}
     for name, used in USED.items():
         others = ",".join(str(i) for i in range(1, NODES + 1) if i not in used)
-        flags = ["--slurm.nodes", "1" if name == "zombie" else "2", "--slurm.exclude", f"127.0.0.[{others}]"]
+        flags = ["--slurm.nodes", "1" if name in ALONE else "2", "--slurm.exclude", f"127.0.0.[{others}]"]
         flags += ["--slurm.timeout", "1" if name == "time limit" else "5", "--slurm.signal-delay", "5"]
         jobs[name] = submit(data, folder / name, *flags)
     waiting, states = dict(DISTURBANCES), dict.fromkeys(jobs, "")
@@ -174,14 +177,9 @@ def test_every_ending_is_survived(nodes: Path, folder: Path) -> None:
         time.sleep(0.3)
 
     assert states == dict.fromkeys(jobs, "COMPLETED"), logs(folder)
-    references = {}
-    for processes_ in (1, 2):
-        run = folder / f"undisturbed-{processes_}"
-        submit(data, run, "--slurm.local", "--slurm.tasks-per-node", str(processes_))
-        references[processes_] = run
     assert "was superseded" in logs(folder, "zombie")
-    for name in jobs:
-        reference = references[1 if name == "zombie" else 2]
+    for name in DISTURBANCES:
+        reference = folder / ("undisturbed, one process" if name in ALONE else "undisturbed")
         expected, found = (load_file(run / "backbone.safetensors") for run in (reference, folder / name))
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
         assert metrics(folder / name) == metrics(reference), name
