@@ -16,6 +16,7 @@ from convscope.ssl.objectives.rotation import Rotation, RotationConfig
 from convscope.ssl.objectives.spark import Spark, SparkConfig
 from convscope.ssl.pictures import ReconstructionPictures
 from convscope.ssl.pretrain import PretrainCommand, preset, run
+from convscope.ssl.sparse.rules import on_whole_maps
 
 __all__ = ["RotationCommand", "SparkCommand", "preset", "run"]
 
@@ -39,8 +40,11 @@ class SparkCommand(PretrainCommand):
         return self.objective.build(backbone)
 
     def prepare(self, objective: Objective) -> None:
-        """Name the layers that masked modeling never reaches."""
+        """Name the layers that masked modeling never reaches, and those that it cannot make faster."""
         assert isinstance(objective, Spark)
+        if slow := on_whole_maps(objective.backbone.model):
+            kinds = ", ".join(f"{count} {kind}" for kind, count in slow.most_common())
+            info(f"note: {kinds} of {objective.backbone.arch} are computed on whole maps: exact, but not faster")
         layers = sorted({name.removeprefix("model.").rpartition(".")[0] for name in objective.untrained})
         if layers:
             info(

@@ -23,6 +23,7 @@ LAYERS = {
     "7x7 depthwise": nn.Conv2d(3, 3, 7, padding=3, groups=3, bias=False),
     "1x11 depthwise": nn.Conv2d(3, 3, (1, 11), padding=(0, 5), groups=3),
     "13x13 depthwise": nn.Conv2d(2, 2, 13, padding=6, groups=2),
+    "31x31 depthwise": nn.Conv2d(2, 2, 31, padding=15, groups=2),
 }
 
 
@@ -72,6 +73,20 @@ def test_form_equals_the_definition(name: str, form: Form, side: int) -> None:
     torch.testing.assert_close(units.scatter(found[0]), wanted[0], rtol=0, atol=1e-12)
     for one, other in zip(found[1:], wanted[1:]):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [case for case in CASES if case[0] in ("3x3", "2x2 stride 2, as a patch", "3x3 depthwise")]
+)
+def test_an_activation_in_place_may_follow(name: str, form: Form) -> None:
+    """As in VGG; autograd does not let a view be changed that a function of one's own returned."""
+    layer, units = LAYERS[name].double(), VisibleUnits.draw(2, GRID, 0.5)
+    x = torch.randn(2 * units.count, layer.in_channels, 4, 4, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for inplace in (False, True):
+        out = convolve(form, x, layer.weight, layer.bias, Geometry.of(layer), units)
+        gradients.append(torch.autograd.grad(nn.functional.relu(out, inplace=inplace).square().sum(), x)[0])
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32])

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from convscope.core import distributed
 from convscope.core.backbone import Backbone
 from convscope.core.data.stream import Transform
 from convscope.core.data.transforms import crop_flip
@@ -83,6 +84,8 @@ class Spark(Objective):
 
     def __init__(self, backbone: Backbone, config: SparkConfig) -> None:
         super().__init__()
+        if config.reference and distributed.world() > 1:
+            raise UserError("--reference runs in one process: its BatchNorm takes statistics of one process alone")
         self.backbone = backbone
         self.mask_ratio = config.mask_ratio
         self.shared_mask = config.shared_mask
@@ -116,8 +119,7 @@ class Spark(Objective):
         units = self.draw_units(images) if visible is None else VisibleUnits.from_mask(visible)
         painted = self.reconstruction(self.encode(images, units), units)
         target = normalise_patches(units.hidden.gather(images))
-        loss = (units.hidden.gather(painted).to(target.dtype) - target).square().mean()
-        return StepOutput(loss)
+        return StepOutput((painted.to(target.dtype) - target).square().mean())
 
     def draw_units(self, images: Tensor) -> VisibleUnits:
         """A random mask for each image, or for all of them."""
@@ -135,13 +137,19 @@ class Spark(Objective):
         return [maps[name] for name in names]
 
     @torch.no_grad()
+    def after_update(self) -> None:
+        """Make the backbone an ordinary dense network again, until the next batch."""
+        self.mask_context.units = None
+
+    @torch.no_grad()
     def reconstruct(self, images: Tensor, units: VisibleUnits) -> Tensor:
         """What the network paints: visible units as they are, masked ones from the prediction, in pixel space.
 
         images (B, 3, H, W) normalised -> the same shape. Each unit takes its own true mean and deviation, as the
         published pictures do, since the loss never sees them.
         """
-        painted = units.hidden.gather(self.reconstruction(self.encode(images, units), units).to(images.dtype))
+        painted = self.reconstruction(self.encode(images, units), units).to(images.dtype)
+        self.mask_context.units = None
         truth = units.hidden.gather(images)
         mean, deviation = _patch_statistics(truth)
         canvas = units.hidden.scatter(painted * deviation + mean)

@@ -125,9 +125,8 @@ class UNetReconstruction(nn.Module):
         return [proj(units.scatter(norm(x), fill=token)) for x, norm, token, proj in layers]
 
     def forward(self, features: Sequence[Tensor], units: VisibleUnits) -> Tensor:
-        """Reconstructed image (B, 3, H, W)."""
-        image: Tensor = self.dense_decoder(self.densify(features, units))
-        return image
+        """The hidden units as painted (B*M, 3, u, u)."""
+        return units.hidden.gather(self.dense_decoder(self.densify(features, units)))
 
 
 class LightReconstruction(nn.Module):
@@ -153,9 +152,9 @@ class LightReconstruction(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, features: Sequence[Tensor], units: VisibleUnits) -> Tensor:
-        """Reconstructed image (B, 3, H, W)."""
+        """The hidden units as painted (B*M, 3, u, u); no pixel of a visible one is computed."""
         x = units.scatter(self.proj(features[0]), fill=self.mask_token)
-        return nn.functional.pixel_shuffle(self.pred(self.block(x)), self.stride)
+        return nn.functional.pixel_shuffle(self.pred(units.hidden.gather(self.block(x))), self.stride)
 
 
 def _projection(channels: int, width: int, *, first: bool) -> nn.Module:

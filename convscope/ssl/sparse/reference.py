@@ -48,7 +48,7 @@ def _mask(units: VisibleUnits, height: int) -> Tensor:
 
 def _channels_last(module: nn.Module) -> bool:
     if isinstance(module, nn.LayerNorm):
-        return not type(module).__name__.endswith("2d")
+        return "2d" not in type(module).__name__
     return getattr(module, "channel_dim", 1) == -1
 
 

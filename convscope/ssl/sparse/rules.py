@@ -6,6 +6,7 @@ into a map that is zero where masked, the stock layer runs, and its visible posi
 SparK sec. 3.2). A *per-image* layer computes statistics over an image: it sees all visible positions as one image.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -188,6 +189,15 @@ def convert(network: nn.Module, name: str, choose: Chooser = choose_form) -> Mas
                 vars(module)["geometry"] = Geometry.of(module)  # type: ignore[arg-type]
             give_rule(module, rule, context)
     return context
+
+
+def on_whole_maps(network: nn.Module) -> Counter[str]:
+    """How many convolutions of each kind a converted network computes on the whole map, for want of a faster form."""
+    return Counter(
+        type(module).__name__
+        for module in network.modules()
+        if isinstance(module, _Mixing) and hasattr(module, "groups")
+    )
 
 
 def give_rule(module: nn.Module, rule: type[Converted], context: MaskContext) -> None:

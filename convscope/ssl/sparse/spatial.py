@@ -176,7 +176,8 @@ def convolve(
             return _patch(x, weight, bias, geometry.stride)
         if form == "halo":
             read = units.window(side, *geometry.halo(side))
-            write = units.window(side // geometry.stride, *geometry.output_halo(side))
+            write: Tensor | None = units.window(side // geometry.stride, *geometry.output_halo(side))
+            write = None if write is read else write  # torch.compile takes no tensor twice
             return _Halo.apply(x, weight, bias, geometry, read, write)  # type: ignore[no-any-return]
         if form == "taps":
             read = units.window(side, geometry.y.reads(side), geometry.x.reads(side))
@@ -186,11 +187,17 @@ def convolve(
                 for _, xs in geometry.x.readers(side)
                 if ys[0] and xs[0]
             ]
-            return _Taps.apply(x, weight, bias, geometry, read, *phases)  # type: ignore[no-any-return]
+            return _map_of(_Taps.apply(x, weight, bias, geometry, read, *phases), x, geometry)
         in_units = _prefer_units(geometry, side, units)
         window = units.window(side, *geometry.halo(side), unit_last=True) if in_units else None
         units.rows(side)
-        return _Depthwise.apply(x, weight, bias, geometry, units, window)  # type: ignore[no-any-return]
+        return _map_of(_Depthwise.apply(x, weight, bias, geometry, units, window), x, geometry)
+
+
+def _map_of(rows: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """Outputs as a map. Functions return rows: a view that they return must not be changed in place, as ReLUs do."""
+    side = x.shape[-1] // geometry.stride
+    return to_map(rows, len(x), side, side)
 
 
 def _patch(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -216,7 +223,13 @@ def _read(x: Tensor, index: Tensor) -> Tensor:
 class _Halo(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, read: Tensor, write: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        read: Tensor,
+        write: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, read, write)
         ctx.geometry, ctx.has_bias = geometry, bias is not None
@@ -226,6 +239,7 @@ class _Halo(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None, None]:
         x, weight, read, write = ctx.saved_tensors
+        write = read if write is None else write
         geometry, side = ctx.geometry, x.shape[-1]
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         of_x = _halo_input_gradient(gradient, weight, geometry, write, side) if ctx.needs_input_grad[0] else None
@@ -271,26 +285,24 @@ class _Taps(torch.autograd.Function):
         ctx.geometry, ctx.has_bias = geometry, bias is not None
         side = x.shape[-1] // geometry.stride
         columns = _read(x, read).view(len(x) * side * side, -1)  # (outputs, kernel y * kernel x * C)
-        out = functional.linear(columns, weight.permute(0, 2, 3, 1).flatten(1), bias)
-        return to_map(out, len(x), side, side)
+        return functional.linear(columns, weight.permute(0, 2, 3, 1).flatten(1), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, read, *phases = ctx.saved_tensors
-        rows = to_rows(gradient)
-        of_x = _taps_input_gradient(gradient, weight, ctx.geometry, phases, x) if ctx.needs_input_grad[0] else None
+        of_x = _taps_input_gradient(rows, weight, ctx.geometry, phases, x) if ctx.needs_input_grad[0] else None
         flat = rows.t() @ _read(x, read).view(len(rows), -1)
         of_weight = flat.view(len(weight), *weight.shape[2:], weight.shape[1]).permute(0, 3, 1, 2)
         return of_x, of_weight, rows.sum(0) if ctx.has_bias else None, None, None, *(None for _ in phases)
 
 
 def _taps_input_gradient(
-    gradient: Tensor, weight: Tensor, geometry: Geometry, phases: Sequence[Tensor], x: Tensor
+    rows: Tensor, weight: Tensor, geometry: Geometry, phases: Sequence[Tensor], x: Tensor
 ) -> Tensor:
     """Inputs of one phase modulo the stride are all read by the same taps: one matrix product for each phase."""
     stride, (count, channels, side, _) = geometry.stride, x.shape
     small = side // stride
-    rows = with_border(to_rows(gradient))
+    rows = with_border(rows)
     out = rows.new_empty(count, small, stride, small, stride, channels)
     reads = iter(phases)
     for i, (y_taps, ys) in enumerate(geometry.y.readers(side)):
@@ -321,20 +333,20 @@ class _Depthwise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, read)
         ctx.geometry, ctx.units, ctx.has_bias = geometry, units, bias is not None
         dense = functional.conv2d(units.scatter(x), weight, bias, 1, geometry.padding, groups=geometry.groups)
-        return units.gather(dense)
+        return to_rows(dense).index_select(0, units.rows(x.shape[-1]))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, read = ctx.saved_tensors
         geometry, units = ctx.geometry, ctx.units
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        gradient = to_map(rows, len(x), *x.shape[-2:])
         of_x = None
         if ctx.needs_input_grad[0]:
             dense = units.scatter(gradient)
             of_x = units.gather(
                 functional.conv2d(dense, weight.flip(2, 3), None, 1, geometry.padding, groups=geometry.groups)
             )
-        of_bias = to_rows(gradient).sum(0) if ctx.has_bias else None
+        of_bias = rows.sum(0) if ctx.has_bias else None
         if read is None:
             of_weight = _weight_gradient_in_images(x, gradient, geometry, units)
         else:

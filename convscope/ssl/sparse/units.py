@@ -6,7 +6,6 @@ position at a time is then exact as it stands, and BatchNorm over units is Batch
 """
 
 import functools
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +31,13 @@ class VisibleUnits:
         self.indices = indices
         self.grid = grid
         self.batch, self.count = indices.shape
+        cells, device = grid[0] * grid[1], indices.device
+        flat = torch.zeros(self.batch, cells, dtype=torch.bool, device=device).scatter_(1, indices, True)
+        self.mask = flat.view(self.batch, *grid)  # (B, h, w), True where visible
+        numbers = torch.arange(self.batch * self.count, device=device).view(self.batch, self.count)
+        of_cells = torch.full((self.batch, cells), MASKED, device=device).scatter_(1, indices, numbers)
+        self._numbers = of_cells.view(self.batch, *grid)  # which of the B*K units stands at each place of the grid
+        self._hidden: VisibleUnits | None = None
         self._rows: dict[int, Tensor] = {}
         self._windows: dict[tuple[int, Reads, Reads, bool], Tensor] = {}
 
@@ -63,17 +69,13 @@ class VisibleUnits:
         indices = visible.flatten(1).nonzero()[:, 1].view(len(visible), int(counts[0]))
         return cls(indices, (visible.shape[1], visible.shape[2]))
 
-    @cached_property
-    def mask(self) -> Tensor:
-        """(B, h, w) bool, True where visible."""
-        flat = torch.zeros(self.batch, self.grid[0] * self.grid[1], dtype=torch.bool, device=self.indices.device)
-        return flat.scatter_(1, self.indices, True).view(self.batch, *self.grid)
-
-    @cached_property
+    @property
     def hidden(self) -> "VisibleUnits":
         """The complement: the masked units, in the same form."""
-        order = self.mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
-        return VisibleUnits(order[:, : order.shape[1] - self.count], self.grid)
+        if self._hidden is None:
+            order = self.mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
+            self._hidden = VisibleUnits(order[:, : order.shape[1] - self.count], self.grid)
+        return self._hidden
 
     def rows(self, side: int) -> Tensor:
         """Row numbers (B*K*side*side,) of these units' positions in a flattened (B, h*side, w*side) map."""
@@ -86,14 +88,6 @@ class VisibleUnits:
             rows = first[:, None, None, None] + y[:, :, :, None] * (width * side) + x[:, :, None, :]
             self._rows[side] = rows.flatten()
         return self._rows[side]
-
-    @cached_property
-    def _numbers(self) -> Tensor:
-        """(B, h, w) which of the B*K units stands at each place of the grid, MASKED where none does."""
-        cells = self.grid[0] * self.grid[1]
-        numbers = torch.full((self.batch, cells), MASKED, device=self.indices.device)
-        count = torch.arange(self.batch * self.count, device=self.indices.device).view(self.batch, self.count)
-        return numbers.scatter_(1, self.indices, count).view(self.batch, *self.grid)
 
     def window(self, side: int, ys: Reads, xs: Reads, *, unit_last: bool = False) -> Tensor:
         """Where the inputs of each unit's outputs stand among the rows of `with_border`, for units of side `side`.

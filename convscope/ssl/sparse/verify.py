@@ -46,22 +46,25 @@ def verify(backbone: Backbone, context: MaskContext, mask_unit: int) -> list[str
         for parameter in twin.parameters():  # zero-initialised branches and 1e-6 layer scales would hide a layer
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.1)
         try:
-            dense = _run(twin, images)
+            dense, maps = _run(twin, images)
             twin_context.units = everything
-            units = _run(twin, everything.gather(images))
+            units, found = _run(twin, everything.gather(images))
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             raise UserError(
                 f"SparK cannot train {backbone.arch}: it does not run on visible units ({str(error).splitlines()[0]}); "
                 "choose a convolutional backbone"
             ) from error
     _compare(backbone, dense, units, everything)
+    if not all(_same(maps[name], found[name], everything) for name in maps):  # code between the layers
+        raise refusal(backbone.arch, "its forward", backbone.model)
     total = sum(feature_map.sum() for feature_map in twin.feature_maps(everything.gather(images)).values())
     gradients = torch.autograd.grad(total, list(twin.parameters()), allow_unused=True)  # type: ignore[arg-type]
     return [name for (name, _), gradient in zip(twin.named_parameters(), gradients) if gradient is None]
 
 
-def _run(backbone: Backbone, images: Tensor) -> list[_Seen]:
-    """Every module's input and output in the order in which they finish, so that the innermost culprit comes first."""
+def _run(backbone: Backbone, images: Tensor) -> tuple[list[_Seen], dict[str, Tensor]]:
+    """Every module's input and output in the order in which they finish, so that the innermost culprit comes first;
+    and the feature maps."""
     found: list[_Seen] = []
 
     def keep(path: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -72,15 +75,15 @@ def _run(backbone: Backbone, images: Tensor) -> list[_Seen]:
         module.register_forward_hook(functools.partial(keep, path)) for path, module in backbone.model.named_modules()
     ]
     try:
-        backbone.feature_maps(images)
+        maps = backbone.feature_maps(images)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, maps
 
 
 def _compare(backbone: Backbone, dense: list[_Seen], units: list[_Seen], everything: VisibleUnits) -> None:
-    for expected, found in zip(dense, units):
+    for expected, found in zip(dense, units, strict=True):
         if _same(expected.output, found.output, everything):
             continue
         path, module = found.path, found.module
@@ -102,5 +105,5 @@ def _same(expected: Tensor, found: Tensor, units: VisibleUnits) -> bool:
         if not fits or height % rows or width % columns or candidate.shape[1] != target.shape[1]:
             continue
         difference = (units.gather(target) - candidate).abs().max()
-        return bool(difference <= TOLERANCE * target.abs().max().clamp(min=1.0))
+        return bool(difference <= TOLERANCE * target.abs().max())
     return False
