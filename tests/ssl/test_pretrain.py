@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
             members.append((f"{i:03d}.png", file.getvalue()))
-            members.append((f"{i:03d}.txt", f"{'a photo of a ' if i % 3 else ''}{name}".encode()))
+            members.append((f"{i:03d}.txt", f"{'a photo of a ' if i % 3 else ''}{name}.".encode()))
             members.append((f"{i:03d}.cls", str(i % 4).encode()))
         write_tar(folder / split / f"{split}-000000.tar", members)
     (folder / "classes.json").write_text(json.dumps(list(COLOURS)))
