@@ -1,6 +1,6 @@
 """A contrastive step beside open_clip's: the same towers, the same batch, and how memory grows with the batch.
 
-    python benchmarks/clip_step.py                     # time, paired; then memory over batch size
+    python benchmarks/clip_step.py                     # time, paired; then time and memory over batch size
 
 Both ways have a ResNet-50 at 224 px and CLIP's text transformer (width 512, 12 layers), AdamW, forward, loss,
 backward and update. open_clip's way is its own model (CustomTextCLIP, timm tower) and its own ClipLoss; ours is the
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+import numpy as np
 import open_clip
 import torch
 import tyro
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from convscope.core.backbone import create_backbone
 from convscope.core.memory import keep_freed_memory
 from convscope.core.pairs.tokenizers import ClipTokenizer
+from convscope.core.results import bootstrap
 from convscope.ssl.objectives.clip import ClipConfig
 
 DIM, WIDTH, HEADS, LAYERS, CONTEXT = 1024, 512, 8, 12, 77
@@ -128,7 +130,7 @@ class Way:
 
 
 def timed(settings: Settings, precision: str) -> dict[str, Any]:
-    """Medians of both ways, and of their ratio over the rounds."""
+    """Medians of both ways; the mean of their ratio over the rounds, its 95 % interval and its range."""
     ways = {name: Way(name, settings, precision, settings.batch, 1) for name in WAYS}
     for way in ways.values():
         way.step(1)
@@ -137,13 +139,19 @@ def timed(settings: Settings, precision: str) -> dict[str, Any]:
         for name, way in ways.items():
             rounds[name].append(statistics.median(way.step(settings.steps + 1)[1:]))
     memory = {name: round(way.close()) for name, way in ways.items()}
-    ratio = statistics.median(b / a for a, b in zip(rounds["ours"], rounds["open_clip"]))
     seconds = {name: round(statistics.median(values), 3) for name, values in rounds.items()}
-    return {"precision": precision, "seconds": seconds, "open_clip / ours": round(ratio, 3), "peak MB": memory}
+    ratios = np.array(rounds["open_clip"]) / np.array(rounds["ours"])  # of the same round, minutes apart otherwise
+    ratio = bootstrap(ratios)
+    spread = {
+        "mean": round(ratio.value, 3),
+        "interval": [round(float(end or 0), 3) for end in (ratio.low, ratio.high)],
+        "range": [round(float(end), 3) for end in (ratios.min(), ratios.max())],
+    }
+    return {"precision": precision, "seconds": seconds, "open_clip / ours": spread, "peak MB": memory}
 
 
 def curve(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Peak memory of the whole process by batch size."""
+    """Seconds of a step and peak memory of the whole process by batch size; `in parts` is GradCache's way."""
     for batch in settings.batches:
         row: dict[str, Any] = {"batch": batch}
         for name, way, parts in (
@@ -152,8 +160,8 @@ def curve(settings: Settings) -> Iterator[dict[str, Any]]:
             ("in parts", "ours", batch // settings.part),
         ):
             one = Way(way, settings, "fp32", batch, parts)
-            seconds = one.step(2)[1]
-            row[name] = {"peak MB": round(one.close()), "seconds": round(seconds, 2)}
+            seconds = statistics.median(one.step(settings.steps + 1)[1:])
+            row[name] = {"seconds": round(seconds, 3), "peak MB": round(one.close())}
         yield row
 
 

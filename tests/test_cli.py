@@ -329,6 +329,7 @@ def test_own_flags_win_over_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_preset_is_valid(monkeypatch: pytest.MonkeyPatch, objective: str, name: str) -> None:
     flags = presets()[objective][name]["flags"]
     budget = [] if "epochs" in flags else ["--epochs", "1"]
+    budget += ["--text-encoder", "folder"] if name == "convirt" else []
     values = resolved(monkeypatch, "--preset", name, *budget, objective=objective)
     flat = {**values, **values["objective"], **values["optimization"], **values["train"]}
     flat |= values["objective"].get("photometric", {})

@@ -15,7 +15,7 @@ from convscope.core.errors import UserError
 from convscope.core.files import read_bytes
 from convscope.core.log import info
 from convscope.core.memory import keep_freed_memory
-from convscope.core.pairs.embed import embed_classes, embed_images
+from convscope.core.pairs.embed import SIMPLE, embed_classes, embed_images
 from convscope.core.pairs.pair import load_pair
 from convscope.core.results import EvalResult, save_result
 from convscope.eval.common import (
@@ -30,7 +30,6 @@ from convscope.eval.common import (
 
 TASK = "zero-shot"
 PROTOCOL = "zero-shot/1"
-SIMPLE = ("a photo of a {}.",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,10 @@ class ClipCommand(PretrainCommand):
             raise UserError(f"--eval-pairs must be at least 2, got {self.eval_pairs}")
         if self.eval_every is not None and self.eval_every < 0:
             raise UserError(f"--eval-every must be at least 0, got {self.eval_every}")
+        if self.objective.lock_image and self.init is None:
+            raise UserError(
+                "--lock-image keeps the image tower as it starts, which is random: name weights with --init"
+            )
 
     def objective_config(self) -> ClipConfig:
         """The settings of the contrastive objective."""
@@ -100,18 +104,17 @@ class ClipCommand(PretrainCommand):
         """Retrieval and zero-shot accuracy on held-out pairs."""
         if self.eval_every == 0:
             return []
+        every = self.eval_every or max(self.train.total_steps(len(data)) // 10, 1)
         try:
             shards = open_shards(self.eval_data or self.data[0], self.eval_split)
+            if shards.fingerprint == data.shards.fingerprint:
+                raise UserError("--eval-split is what it trains on")
+            return [PairEvaluation(shards, every, self.eval_pairs, self._captions(data.shards))]
         except UserError as error:
             if self.eval_data is not None:
                 raise
             info(f"note: no held-out pairs to look at while training ({error})")
             return []
-        if shards.fingerprint == data.shards.fingerprint:
-            info("note: no held-out pairs to look at while training (--eval-split is what it trains on)")
-            return []
-        every = self.eval_every or max(self.train.total_steps(len(data)) // 10, 1)
-        return [PairEvaluation(shards, every, self.eval_pairs, self._captions(data.shards))]
 
     def export(self, trained: Objective) -> None:
         """Write the image tower as a backbone, and both towers as one file."""

@@ -91,6 +91,10 @@ class RotationCommand(PretrainCommand):
         """Rotation prediction with `backbone`."""
         return self.objective.build(backbone)
 
+    def prepare(self, objective: Objective) -> None:
+        """Say where the evaluation should look."""
+        info("note: the last layer is the best at rotations, not at other tasks; evaluate with --layers all")
+
     def photometric(self) -> PhotometricConfig:
         """Changes of colour and sharpness."""
         return self.objective.photometric

@@ -120,7 +120,6 @@ def pretrain(config: PretrainCommand) -> None:
         objective_config = config.objective_config()
         shards = ShardSet.joined([open_shards(source, config.split) for source in config.data])
         backbone, config = _start(config)
-        backbone.preprocessing = replace(backbone.preprocessing, size=objective_config.crop_size(backbone))
         torch.manual_seed(config.train.seed)  # the objective's own weights
         objective = config.build(backbone, shards)
         data = TrainData(
@@ -145,17 +144,58 @@ def pretrain(config: PretrainCommand) -> None:
 
 
 def _start(config: PretrainCommand) -> tuple[Backbone, PretrainCommand]:
-    """The backbone to train, and the settings with its architecture written out."""
+    """The backbone to train at the size of its images, and the settings with its architecture written out."""
     arguments = parse_assignments(config.backbone_args)
     if config.drop_path:
         arguments["drop_path_rate"] = config.drop_path
     if config.init is None:
-        arch = config.backbone or DEFAULT_BACKBONE
-        backbone = create_backbone(arch, arguments, seed=config.train.seed)
-        return backbone, replace(config, backbone=arch)
-    backbone = load_backbone(config.init, arch=config.backbone, model_args=arguments)
+        backbone = create_backbone(config.backbone or DEFAULT_BACKBONE, arguments, seed=config.train.seed)
+    else:
+        backbone = load_backbone(config.init, arch=config.backbone, model_args=arguments)
+    backbone = _at_size(backbone, config.objective_config().crop_size(backbone), config)
+    if config.init is None and backbone.model_args == arguments:
+        return backbone, replace(config, backbone=backbone.arch)
     stated = {key: value for key, value in backbone.model_args.items() if key != "drop_path_rate"}
     return backbone, replace(config, backbone=backbone.arch, backbone_args=format_assignments(stated))
+
+
+def _at_size(backbone: Backbone, size: tuple[int, int], config: PretrainCommand) -> Backbone:
+    """The backbone for images of `size`; where positions are fixed it is rebuilt, and its arguments state the size.
+
+    Raises:
+        UserError: a size that the network, or its weights, cannot be brought to.
+    """
+    refused = _refusal(backbone, size)
+    if refused is not None:
+        try:
+            rebuilt = create_backbone(backbone.arch, {**backbone.model_args, "img_size": size}, seed=config.train.seed)
+        except UserError:
+            raise refused from None
+        if config.init is not None:
+            try:
+                rebuilt.model.load_state_dict(backbone.at_size(size[0]).model.state_dict())
+            except RuntimeError as error:
+                raise UserError(f"{refused}; nor can the weights of {config.init} be brought to them") from error
+            rebuilt.preprocessing, rebuilt.source = backbone.preprocessing, backbone.source
+        backbone = rebuilt
+        if (refused := _refusal(backbone, size)) is not None:
+            raise refused
+    backbone.preprocessing = replace(backbone.preprocessing, size=size)
+    return backbone
+
+
+def _refusal(backbone: Backbone, size: tuple[int, int]) -> UserError | None:
+    """Why the network does not take images of `size`, if it does not."""
+    training = backbone.training
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        return UserError(f"{backbone.arch} does not take images of {size[0]} x {size[1]} px: {said}")
+    finally:
+        backbone.train(training)
+    return None
 
 
 @cache

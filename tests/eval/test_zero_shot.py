@@ -15,6 +15,7 @@ from convscope.core.errors import UserError
 from convscope.core.pairs.embed import embed_classes
 from convscope.core.pairs.model import ImageText, save_image_text
 from convscope.core.results import load_result
+from convscope.eval.image_text import over_images
 from convscope.eval.retrieval import RetrievalCommand
 from convscope.eval.retrieval import run as run_retrieval
 from convscope.eval.zero_shot import ZeroShotCommand, run, template_list
@@ -136,7 +137,24 @@ def test_image_text_retrieval(model: tuple[str, ImageText], data: str, tmp_path:
         assert figures[f"image-to-text recall@{k}"].value == pytest.approx(sum(to_text) / 12, abs=1e-6)
         assert figures[f"text-to-image recall@{k}"].value == pytest.approx(sum(to_image) / len(owner), abs=1e-6)
     assert 0 < figures["image-to-text recall@3"].value < 1
-    assert figures["text-to-image mean rank"].n == len(captions)
+    assert figures["text-to-image mean rank"].n == 12  # images, of which an interval draws
+
+
+def test_captions_of_one_image_are_drawn_together() -> None:
+    """Every caption three times tells no more than once."""
+    values = torch.rand(20, generator=torch.Generator().manual_seed(0)).double()
+    once, thrice = (over_images(values.repeat_interleave(k), torch.arange(20).repeat_interleave(k), 0) for k in (1, 3))
+    assert (thrice.value, thrice.low, thrice.high) == pytest.approx((once.value, once.low, once.high))
+    assert thrice.n == 20
+    uneven = over_images(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 1, 1]), 0)
+    assert uneven.value == pytest.approx(1 / 3)  # the mean over captions, not over images
+
+
+@pytest.mark.parametrize("setting", [{"layers": ("all",)}, {"skip_self": True}, {"train_split": "val"}])
+def test_settings_of_the_other_mode(data: str, setting: dict[str, object]) -> None:
+    name = next(iter(setting)).replace("_", "-")
+    with pytest.raises(UserError, match=f"--{name} has no meaning for --mode image-text"):
+        run_retrieval(RetrievalCommand(model="nowhere", data=data, mode="image-text", **setting))
 
 
 def test_retrieval_without_captions(model: tuple[str, ImageText], tmp_path: Path) -> None:

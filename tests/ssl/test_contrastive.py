@@ -1,6 +1,7 @@
 """Losses against loops over all pairs and open_clip's; several processes against one; parts against the whole."""
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +74,26 @@ def gradients(module: Clip) -> dict[str, Tensor]:
     return {name: one.grad for name, one in module.named_parameters() if one.grad is not None}
 
 
-def steps(rank: int, world: int, count: int) -> dict[str, dict[str, Any]]:
-    """Loss and gradients of each objective on this process's share of a batch."""
+PARTS = (1, 2)
+
+
+def steps(rank: int, world: int, count: int) -> dict[tuple[str, int], dict[str, Any]]:
+    """Loss and gradients of each objective on this process's share of a batch, whole and in parts."""
     found = {}
     share = count // world
-    for name, settings in LOSSES.items():
-        module = objective(**settings)
+    for name, parts in product(LOSSES, PARTS):
+        module = objective(**LOSSES[name])
+        module.takes_whole_batch(parts)
         mine = {key: value[rank * share : (rank + 1) * share] for key, value in batch(count).items()}
         wrapped = distributed.wrap(module, CPU)
         out = wrapped(mine)
         out.loss.backward()
         means = distributed.mean_over_ranks({"loss": out.loss})
-        found[name] = {"loss": means["loss"], "gradients": gradients(module)}
+        found[name, parts] = {"loss": means["loss"], "gradients": gradients(module)}
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_equal_one_with_the_joined_batch(tmp_path: Path, world: int) -> None:
     results = run_on(world, steps, tmp_path, world, 8)
     for name, settings in LOSSES.items():
@@ -98,23 +103,23 @@ def test_processes_equal_one_with_the_joined_batch(tmp_path: Path, world: int) -
         expected = gradients(module)
         assert {"logit_scale", "backbone.model.stem.0.weight", "text.encoder.token_embedding.weight"} <= expected.keys()
         assert ("logit_bias" in expected) == (name == "siglip")
-        for found in results:
-            assert found[name]["loss"] == pytest.approx(loss.item(), rel=1e-12)
-            assert found[name]["gradients"].keys() == expected.keys()
+        assert all(float(gradient.abs().max()) > 0 for gradient in expected.values())
+        for found, parts in product(results, PARTS):
+            assert found[name, parts]["loss"] == pytest.approx(loss.item(), rel=1e-12)
+            assert found[name, parts]["gradients"].keys() == expected.keys()
             for key, gradient in expected.items():
-                assert float(gradient.abs().max()) > 0, key
                 torch.testing.assert_close(
-                    found[name]["gradients"][key],
+                    found[name, parts]["gradients"][key],
                     gradient,
                     rtol=1e-9,
                     atol=1e-14,
-                    msg=lambda said, name=name, key=key: f"{name} {key}: {said}",
+                    msg=lambda said, where=(name, parts, key): f"{where}: {said}",
                 )
 
 
 def uneven(rank: int) -> list[str]:
     said, module = [], objective()
-    for lengths in ([3, 4], [4, 4], [2, 2]):
+    for lengths in ([3, 4], [4, 4], [2, 2], [4, 2]):
         try:
             module(batch(lengths[rank]))
         except UserError as error:
@@ -126,7 +131,7 @@ def test_batches_of_different_lengths_are_refused(tmp_path: Path) -> None:
     for said in run_on(2, uneven, tmp_path):
         assert said == [
             "a contrastive batch needs as many pairs on every process, got [3, 4]",
-            "a contrastive batch needs as many pairs at every step: got 2 after 4",
+            "a contrastive batch needs as many pairs on every process, got [4, 2]",
         ]
 
 
@@ -212,6 +217,10 @@ def test_published_temperatures(loss: str, temperature: float, learned: bool) ->
     assert module.image_weight == (0.75 if loss == "convirt" else 0.5)
 
 
+def test_a_fixed_temperature_may_be_any() -> None:
+    assert float(objective(temperature=0.005, learn_temperature=False).logit_scale.detach().exp()) == pytest.approx(200)
+
+
 def test_the_temperature_stays_in_its_range() -> None:
     module = objective()
     for value, kept in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
@@ -225,11 +234,13 @@ def test_the_temperature_stays_in_its_range() -> None:
     ("settings", "words"),
     [
         ({"temperature": 0.0}, "--temperature"),
+        ({"temperature": 0.005}, "learned --temperature stays between 0.01 and 1, got 0.005"),
+        ({"loss": "convirt", "learn_temperature": True, "temperature": 2.0}, "--temperature"),
         ({"loss": "siglip", "image_weight": 0.75}, "no meaning for siglip"),
         ({"image_weight": 1.5}, "--image-weight"),
         ({"embed_dim": 0}, "--embed-dim"),
         ({"text_width": 10, "text_heads": 4}, "not divisible"),
-        ({"freeze_text_layers": 3}, "has 2 layers"),
+        ({"freeze_text_layers": 3}, "has 2 layers: 3 cannot be frozen; .*--text-encoder"),
         ({"text_encoder": Path("nowhere")}, "nowhere holds no Hugging Face encoder"),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from open_clip import SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 
@@ -46,19 +47,22 @@ class CaptionSource:
         if self.classes:
             return self._about(label_of(sample))
         for place in (sample, _json(sample)):
-            value: Any = next((place[name] for name in self.names if name in place), None)
-            if isinstance(value, bytes):
-                value = value.decode(errors="replace")
-            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-            parts = [part for text in texts for part in (text.splitlines() if self.lines else [text])]
-            if found := [part.strip() for part in parts if part.strip()]:
-                return found
+            for name in self.names:
+                if found := self._texts(place.get(name)):
+                    return found
         raise DecodeError(str(sample["__key__"]), f"no caption ({', '.join(self.names)})")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Members and fields that are tried."""
         return FIELDS if self.field is None else (self.field,)
+
+    def _texts(self, value: Any) -> list[str]:
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        parts = [part for text in texts for part in (text.splitlines() if self.lines else [text])]
+        return [part.strip() for part in parts if part.strip()]
 
     def _about(self, label: int) -> list[str]:
         if not 0 <= label < len(self.classes):
@@ -99,15 +103,13 @@ def sentences(text: str) -> list[str]:
 
 
 def sample_captions(shards: ShardSet, source: CaptionSource, seed: int) -> list[str]:
-    """Captions of up to 100 000 samples drawn at random, in the shards' order.
+    """Captions of up to 100 000 samples drawn at random, in the shards' order; of whole shards where they are remote.
 
     Raises:
         UserError: no sample has one.
     """
-    count = min(len(shards), TOKENIZER_SAMPLES)
-    indices = np.sort(np.random.default_rng(seed).choice(len(shards), count, replace=False))
     found: list[str] = []
-    for index in indices.tolist():
+    for index in _drawn(shards, np.random.default_rng(seed)).tolist():
         try:
             found += source(shards.without_image(index))
         except DecodeError:
@@ -115,6 +117,19 @@ def sample_captions(shards: ShardSet, source: CaptionSource, seed: int) -> list[
     if not found:
         raise UserError(f"{shards.source} has no captions: no member or json field {' or '.join(source.names)}")
     return found
+
+
+def _drawn(shards: ShardSet, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Indices of up to TOKENIZER_SAMPLES samples, in ascending order."""
+    count = min(len(shards), TOKENIZER_SAMPLES)
+    if not shards.is_remote:
+        return np.sort(rng.choice(len(shards), count, replace=False))
+    sizes = np.array(shards.sizes)  # a shard is fetched whole, so a few of them give all the captions
+    drawn = rng.permutation(len(sizes))
+    needed = int(np.searchsorted(np.cumsum(sizes[drawn]), count)) + 1
+    starts = np.cumsum(sizes) - sizes
+    parts = [np.arange(starts[shard], starts[shard] + sizes[shard]) for shard in np.sort(drawn[:needed])]
+    return np.concatenate(parts)[:count]
 
 
 def _json(sample: Sample) -> dict[str, Any]:

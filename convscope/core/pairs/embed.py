@@ -18,6 +18,7 @@ from convscope.core.pairs.captions import CaptionSource
 from convscope.core.pairs.pair import Pair
 
 TEXTS = 256  # encoded at a time
+SIMPLE = ("a photo of a {}.",)  # the one template of quick looks
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,8 @@ def save_image_text(path: Path, pair: ImageText) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    names = {name for name, _ in ImageText.named_parameters(pair)} | {name for name, _ in pair.named_buffers()}
+    # Clones, because safetensors refuses tensors that share memory, as tied weights do.
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in pair.state_dict().items()}
-    weights = {key: value for key, value in weights.items() if key in names}
     write_bytes(path, save(weights, {"format": "pt", KEY: json.dumps(pair.describe())}))
 
 

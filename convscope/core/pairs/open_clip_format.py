@@ -82,7 +82,7 @@ def export_open_clip(pair: ImageText, folder: Path) -> None:
     """Write a folder that open_clip.create_model_and_transforms("local-dir:FOLDER") loads, once that was tried.
 
     Raises:
-        UserError: open_clip has no words for one of the towers, or the folder exists or cannot be written.
+        UserError: a tower that it cannot write in this format, or the folder exists or cannot be written.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; give another --output")
@@ -103,11 +103,11 @@ def _require_expressible(pair: ImageText) -> None:
     text, backbone = pair.text.config, pair.backbone
     custom = {key: value for key, value in backbone.model_args.items() if key != "drop_path_rate"}
     if text.hugging_face:
-        raise UserError("open_clip fetches Hugging Face encoders by name: a tower made of a folder has none")
+        raise UserError("this export writes open_clip's own text transformer only, not a Hugging Face encoder")
     if text.pooling != "eos":
-        raise UserError(f"open_clip has no text tower with {text.pooling} pooling and a padding mask, only eos")
+        raise UserError(f"this export writes text towers with eos pooling only, not {text.pooling}")
     if pair.space.projection != "linear":
-        raise UserError("open_clip has no image tower with ConVIRT's projection, only linear ones")
+        raise UserError("this export writes linear projections only, not ConVIRT's")
     if custom:
         raise UserError(f"open_clip builds {backbone.arch} by its name alone, not with {custom}")
     if not model_entrypoint(backbone.arch).__module__.startswith("timm."):
@@ -171,6 +171,7 @@ def _save_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
         tokenizer_object=tokenizer.encoder,
         pad_token=tokenizer.encoder.id_to_token(tokenizer.pad) or PAD,
         eos_token=tokenizer.encoder.id_to_token(tokenizer.eos) or EOS,
+        split_special_tokens=True,
     ).save_pretrained(str(folder))
 
 

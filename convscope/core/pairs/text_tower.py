@@ -66,18 +66,37 @@ class TextTower(nn.Module):
         """Hold the embeddings and the first `layers` layers at what they are; 0 freezes nothing.
 
         Raises:
-            UserError: it has fewer.
+            UserError: it has fewer, or its layers share their weights.
         """
+        if layers == 0:
+            return
         depth = self.encoder.config.num_hidden_layers if self.config.hugging_face else self.config.layers
-        stacks = [module for module in self.encoder.modules() if isinstance(module, nn.ModuleList)]
-        stack = next(stack for stack in stacks if len(stack) == depth)
         if layers > depth:
             raise UserError(f"the text encoder has {depth} layers: {layers} cannot be frozen")
+        stacks = [module for module in self.encoder.modules() if isinstance(module, nn.ModuleList)]
+        stack = next((stack for stack in stacks if len(stack) == depth), None)
+        if stack is None:  # such as ALBERT's
+            raise UserError("the text encoder has no layers of their own to freeze: leave --freeze-text-layers out")
         ordered = list(self.encoder.parameters())  # from the input on
-        last = list(stack[layers - 1].parameters())[-1] if layers else None
-        frozen = 0 if last is None else 1 + next(i for i, one in enumerate(ordered) if one is last)
+        last = list(stack[layers - 1].parameters())[-1]
+        frozen = 1 + next(i for i, one in enumerate(ordered) if one is last)
         for parameter in ordered[:frozen]:
             parameter.requires_grad_(False)
+
+    def require_context(self, folder: Path | None) -> None:
+        """Raise a UserError where the encoder of `folder` does not take texts of the full length."""
+        length = self.config.context_length
+        tokens = torch.full((1, length), self.config.eos)
+        try:
+            with torch.no_grad():
+                self.encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state  # noqa: B018
+        except (IndexError, RuntimeError) as error:
+            most = getattr(self.encoder.config, "max_position_embeddings", "fewer")
+            raise UserError(
+                f"{folder} does not take {length} tokens (it has positions for {most}); use a smaller --context-length"
+            ) from error
+        except (AttributeError, TypeError, ValueError) as error:  # such as one with a decoder
+            raise UserError(f"{folder} holds no encoder of texts: {str(error).splitlines()[0]}") from error
 
 
 class LatentAttention(nn.Module):
@@ -130,7 +149,7 @@ def hugging_face_weights(folder: Path) -> tuple[dict[str, Any], nn.Module]:
     if missing := [key for key in report["missing_keys"] if not key.startswith("pooler.")]:
         raise UserError(f"{folder} lacks {len(missing)} weights of its encoder, such as {sorted(missing)[0]}")
     encoder.pooler = None  # of sentence pairs
-    return json.loads(encoder.config.to_json_string(use_diff=False)), encoder
+    return json.loads(encoder.config.to_json_string(use_diff=False)), encoder.float()  # a folder may hold halves
 
 
 def _hugging_face(config: Mapping[str, Any]) -> Any:
@@ -140,7 +159,7 @@ def _hugging_face(config: Mapping[str, Any]) -> Any:
     build: Any = AutoModel.from_config
     encoder = build(AutoConfig.for_model(**{**config, "model_type": kind}))
     encoder.pooler = None
-    return encoder
+    return encoder.float()
 
 
 def _transformer(config: TextConfig) -> TextTransformer:

@@ -48,6 +48,7 @@ class CaptionTokenizer(Tokenizer):
         self.encoder = encoder
         self.vocab_size = encoder.get_vocab_size()
         self._clean = get_clean_fn("whitespace")  # as open_clip does for such tokenizers
+        encoder.encode_special_tokens = True  # "<eos>" in a caption is its letters, and ends nothing
         encoder.enable_truncation(context_length)
         encoder.enable_padding(length=context_length, pad_id=pad, pad_token=encoder.id_to_token(pad))
 

@@ -19,6 +19,7 @@ from convscope.core.training.objective import Objective
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESUMABLE = frozenset(
     {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "device", "track", "picture_every"}
+    | {"eval_every", "eval_data", "eval_split", "eval_pairs"}
     | {"data", "output_dir"}  # either may have moved; the loop compares the data's fingerprint
 )
 

@@ -21,7 +21,7 @@ class OptimizerConfig:
     """How the weights are updated."""
 
     optimizer: Literal["lamb", "adamw", "adam", "sgd", "lars"] = "lamb"
-    """Update rule, timm's; sgd with Nesterov's momentum."""
+    """Update rule, timm's."""
     lr: float = 2e-4
     """Peak learning rate for 256 samples; it is multiplied by batch_size/256."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -30,6 +30,8 @@ class OptimizerConfig:
     """Of lamb, adamw and adam."""
     momentum: float = 0.9
     """Of sgd and lars."""
+    nesterov: bool = True
+    """Nesterov's momentum, of sgd."""
     weight_decay: float = 0.04
     """At the start of the run; never on biases and 1-d parameters."""
     weight_decay_end: float | None = 0.2
@@ -74,7 +76,8 @@ def build_optimizer(objective: Objective, config: OptimizerConfig, batch_size: i
         options |= {"momentum": config.momentum}
     if config.optimizer == "lamb":
         options |= {"max_grad_norm": None}  # the loop clips, for every optimizer alike
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=config.optimizer, **options)
+    name = "momentum" if config.optimizer == "sgd" and not config.nesterov else config.optimizer  # timm's word for it
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=name, **options)
     return optimizer
 
 

@@ -123,6 +123,22 @@ class ClipConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.freeze_text_layers < 0:
             raise UserError(f"--freeze-text-layers must be at least 0, got {self.freeze_text_layers}")
+        if self.text_encoder is None and self.freeze_text_layers > self.text_layers:
+            raise UserError(
+                f"the text encoder has {self.text_layers} layers: {self.freeze_text_layers} cannot be frozen; name the "
+                "folder of a trained one with --text-encoder, or pass --freeze-text-layers 0"
+            )
+        lowest, highest = (math.exp(-limit) for limit in reversed(SCALE_LIMITS))
+        if self.temperature is not None and self.learned and not lowest <= self.temperature <= highest:
+            raise UserError(
+                f"a learned --temperature stays between {lowest:g} and {highest:g}, got {self.temperature:g}; "
+                "one that is fixed (--learn-temperature False) may lie beyond"
+            )
+
+    @property
+    def learned(self) -> bool:
+        """Whether the temperature is trained."""
+        return LOSSES[self.loss].learned if self.learn_temperature is None else self.learn_temperature
 
     def build(self, backbone: Backbone, tokenizer: Tokenizer) -> "Clip":
         """The objective around `backbone` and a text tower for `tokenizer`.
@@ -135,7 +151,10 @@ class ClipConfig:
     def transform(self, backbone: Backbone) -> Transform:
         """Random resized crop, and what else was asked for."""
         size = self.crop_size(backbone)
-        affine = v2.RandomAffine(20, (0.1, 0.1), (0.95, 1.05), v2.InterpolationMode.BILINEAR) if self.affine else None
+        affine = None
+        if self.affine:
+            bilinear = v2.InterpolationMode.BILINEAR
+            affine = v2.RandomAffine(20, translate=(0.1, 0.1), scale=(0.95, 1.05), interpolation=bilinear)
         transform: Transform = crop_flip(
             size, scale=self.crop_scale, interpolation=self.interpolation, flip=self.flip, after=affine
         )
@@ -160,14 +179,12 @@ class Clip(ImageText, Objective):
         )
         backbone.preprocessing = replace(backbone.preprocessing, crop_pct=1.0)  # as open_clip shows images to a model
         super().__init__(backbone, _text_tower(tokenizer, config), tokenizer, space)
-        learned = defaults.learned if config.learn_temperature is None else config.learn_temperature
-        self.logit_scale.requires_grad_(learned)
+        self.logit_scale.requires_grad_(config.learned)
         self.image_weight = defaults.image_weight if config.image_weight is None else config.image_weight
         self.parts = 1
         self.locked = config.lock_image
         if self.locked:
             self.backbone.requires_grad_(False).eval()
-        self._rows: int | None = None
 
     def forward(self, batch: Batch) -> StepOutput:
         """Loss on `image` (B, 3, H, W) and `text` (B, L), one caption an image.
@@ -175,7 +192,7 @@ class Clip(ImageText, Objective):
         Raises:
             UserError: the processes have batches of different lengths.
         """
-        self._require_equal_batches(len(batch["image"]))
+        _require_equal_batches(len(batch["image"]))
         image = self._in_parts(self.encode_image, batch["image"])
         text = self._in_parts(self.encode_text, batch["text"])
         metrics = {"logit_scale": self.logit_scale.detach().exp()}
@@ -221,16 +238,12 @@ class Clip(ImageText, Objective):
         ]
         return torch.cat(parts)
 
-    def _require_equal_batches(self, rows: int) -> None:
-        if distributed.world() == 1 or rows == self._rows:
-            return
-        if self._rows is None:  # asked once: later ones only have to be like the first one
-            found = distributed.gather(rows)
-            if min(found) == max(found):
-                self._rows = rows
-                return
-            raise UserError(f"a contrastive batch needs as many pairs on every process, got {found}")
-        raise UserError(f"a contrastive batch needs as many pairs at every step: got {rows} after {self._rows}")
+
+def _require_equal_batches(rows: int) -> None:
+    """Asked at every step, for a process that alone gave up would leave the others waiting for its vectors."""
+    found = distributed.gather(rows)
+    if min(found) != max(found):
+        raise UserError(f"a contrastive batch needs as many pairs on every process, got {found}")
 
 
 @contextmanager
@@ -267,5 +280,6 @@ def _text_tower(tokenizer: Tokenizer, config: ClipConfig) -> TextTower:
     )
     if encoder is not None:
         tower.encoder.load_state_dict(encoder.state_dict())
+        tower.require_context(config.text_encoder)
     tower.freeze(config.freeze_text_layers)
     return tower

@@ -78,7 +78,8 @@ class Rotation(Objective):
     def forward(self, batch: Batch) -> StepOutput:
         """Loss on `image` (B, 3, S, S); the network sees 4 B images."""
         images = rotations(batch["image"])
-        logits = self.head(self.backbone(images)).float()
+        logits = self.head(self.backbone(images))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # out of autocast
         turned = torch.arange(ROTATIONS, device=logits.device).repeat_interleave(len(batch["image"]))
         loss = nn.functional.cross_entropy(logits, turned)
         return StepOutput(loss, {"accuracy": (logits.detach().argmax(1) == turned).float().mean()})

@@ -10,9 +10,17 @@ import torch
 from convscope.core.data.decode import DecodeError
 from convscope.core.data.shard_set import open_shards
 from convscope.core.errors import UserError
+from convscope.core.pairs import captions as captions_module
 from convscope.core.pairs.captions import CaptionSource, CaptionTokens, sample_captions, sentences
-from convscope.core.pairs.tokenizers import ClipTokenizer, Tokenizer, restore_tokenizer, train_tokenizer
+from convscope.core.pairs.tokenizers import (
+    ClipTokenizer,
+    Tokenizer,
+    folder_tokenizer,
+    restore_tokenizer,
+    train_tokenizer,
+)
 from tests.core.data.tars import png, write_tar
+from tests.core.pairs.small_bert import save_tokenizer
 
 
 def sample(**members: object) -> dict[str, bytes | str]:
@@ -29,6 +37,8 @@ def sample(**members: object) -> dict[str, bytes | str]:
         ({"json": {"captions": ["a dog", "", "it barks"]}}, ["a dog", "it barks"]),
         ({"txt": b"member first", "json": {"caption": "then json"}}, ["member first"]),
         ({"txt": b"  ", "json": {"caption": "not empty"}}, ["not empty"]),
+        ({"txt": b"", "caption": b"beside an empty one"}, ["beside an empty one"]),
+        ({"json": {"text": None, "caption": "a dog"}}, ["a dog"]),
         ({"txt": b"\xff broken"}, ["\ufffd broken"]),
     ],
 )
@@ -98,6 +108,17 @@ def test_tokens_are_framed_cut_and_padded() -> None:
     assert tokens([]).shape == (0, 8)
 
 
+def test_the_name_of_a_special_token_is_plain_text(tmp_path: Path) -> None:
+    tokens = train_tokenizer(["a"], 300, 40)
+    for restored in (tokens, restore_tokenizer(tokens.describe())):
+        row = restored(["a <eos> b <pad>"])[0].tolist()
+        assert row.index(tokens.eos) == len("a <eos> b <pad>") + 1  # every byte a token, after the first of all
+        assert row.count(tokens.eos) == 1
+    save_tokenizer(tmp_path)
+    clinical = folder_tokenizer(tmp_path, 12)
+    assert clinical(["clear [SEP] lungs"])[0].tolist().count(clinical.eos) == 1
+
+
 def test_any_text_can_be_written_in_bytes() -> None:
     tokens = train_tokenizer(["a"], 300, 40)
     text = "naïve 漢字 🙂"
@@ -136,3 +157,20 @@ def test_captions_for_the_tokenizer(tmp_path: Path) -> None:
     assert sample_captions(shards, CaptionSource(), 0) == [f"text {i}" for i in range(4)]
     with pytest.raises(UserError, match="has no captions: no member or json field note"):
         sample_captions(shards, CaptionSource(field="note"), 0)
+
+
+def test_remote_shards_are_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few shards give all captions, so that the others need not be fetched for them."""
+    for shard in range(6):
+        texts = [(f"{shard}{i}.{suffix}", b"%d" % shard) for i in range(4) for suffix in ("png", "txt")]
+        write_tar(tmp_path / f"x-{shard}.tar", texts)
+    monkeypatch.setenv("CONVSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(captions_module, "TOKENIZER_SAMPLES", 7)
+    remote = open_shards(f"pipe:cat {tmp_path}/x-{{0..5}}.tar", "train")
+    drawn = [sample_captions(remote, CaptionSource(), seed) for seed in range(5)]
+    for found in drawn:
+        assert len(found) == 7
+        assert sorted(map(found.count, set(found))) == [3, 4]
+    assert len(set(map(tuple, drawn))) > 1
+    local = open_shards(f"{tmp_path}/x-{{0..5}}.tar", "train")
+    assert len(sample_captions(local, CaptionSource(), 0)) == 7

@@ -70,6 +70,14 @@ def test_round_trip(tmp_path: Path, pooling: Pooling, space: dict[str, object]) 
     assert vectors(original).norm(dim=1).tolist() == pytest.approx([1.0] * 4)
 
 
+def test_weights_that_two_layers_share(tmp_path: Path) -> None:
+    original = pair(pooling="max")
+    first, second = original.text.encoder.transformer.resblocks
+    second.mlp = first.mlp
+    save_image_text(tmp_path / EXPORT, original)
+    assert torch.equal(vectors(load_image_text(str(tmp_path))), vectors(original))
+
+
 def test_checkpoints_of_a_run_that_has_not_ended(tmp_path: Path) -> None:
     original = pair()
     write_description(tmp_path, original)
@@ -116,6 +124,8 @@ def test_open_clip_loads_the_export(tmp_path: Path, arch: str, kind: str) -> Non
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'exported'}")
     tokens = tokenizer(TEXTS)
     assert torch.equal(tokens, original.tokenizer(TEXTS))
+    if kind == "own":
+        assert torch.equal(tokenizer(["<eos> red"]), original.tokenizer(["<eos> red"]))
     image = Image.effect_noise((70, 90), 80).convert("RGB")
     theirs = transform(image)[None]
     shown = eval_transform(original.preprocessing)(image)[None]
@@ -138,12 +148,12 @@ def test_a_sigmoid_pair_keeps_its_bias(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"pooling": "mean"}, "mean pooling"),
-        ({"projection": "mlp"}, "ConVIRT's projection"),
+        ({"pooling": "mean"}, "eos pooling only, not mean"),
+        ({"projection": "mlp"}, "linear projections only"),
         ({"arch": "resnet18_cifar"}, "convscope's own"),
     ],
 )
-def test_what_open_clip_has_no_words_for(tmp_path: Path, settings: dict[str, object], words: str) -> None:
+def test_what_the_export_cannot_write(tmp_path: Path, settings: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         export_open_clip(pair(**settings), tmp_path / "exported")
     assert not list(tmp_path.iterdir())

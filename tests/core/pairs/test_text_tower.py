@@ -1,6 +1,7 @@
 """Poolings against loops, padding that changes nothing, encoders of Hugging Face."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from convscope.core.pairs.text_tower import (
     pool_tokens,
 )
 from convscope.core.pairs.tokenizers import folder_tokenizer
+from tests.core.pairs.small_bert import WORDS, save_bert, save_tokenizer
 
 BOS, EOS, PAD = 1, 2, 0
 
@@ -107,19 +109,8 @@ def test_freezing_from_the_input_on(layers: int) -> None:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small BERT with its tokenizer, as Hugging Face saves them."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "clear", "lungs", "no", "effusion", "."]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(3)
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    """A small encoder of Hugging Face."""
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 def bert_tower(folder: Path, pooling: Pooling) -> TextTower:
@@ -155,6 +146,42 @@ def test_freezing_an_encoder_of_hugging_face(bert: Path) -> None:
     module.freeze(2)
     free = {name for name, one in module.encoder.named_parameters() if one.requires_grad}
     assert {name[: len("encoder.layer.2.")] for name in free} == {"encoder.layer.2."}
+
+
+def test_an_encoder_whose_layers_share_their_weights(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    save_tokenizer(tmp_path)
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.AlbertConfig(**sizes, embedding_size=4, num_hidden_layers=3)
+    transformers.AlbertModel(config).save_pretrained(tmp_path)
+    module = bert_tower(tmp_path, "mean")
+    module.freeze(0)
+    assert all(one.requires_grad for one in module.parameters())
+    with pytest.raises(UserError, match="no layers of their own to freeze"):
+        module.freeze(1)
+
+
+def test_a_folder_of_half_precision_is_trained_in_full(bert: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoModel.from_pretrained(bert).half().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    module = bert_tower(tmp_path, "mean")
+    assert {one.dtype for one in module.parameters()} == {torch.float32}
+    rows = folder_tokenizer(tmp_path, 12)(["clear lungs"])
+    torch.testing.assert_close(module(rows), bert_tower(bert, "mean")(rows), rtol=1e-2, atol=1e-2)
+
+
+def test_encoders_that_do_not_take_the_texts(bert: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    module = bert_tower(bert, "mean")
+    module.require_context(bert)
+    config = replace(module.config, context_length=513)
+    with pytest.raises(UserError, match=r"does not take 513 tokens \(it has positions for 512\).*--context-length"):
+        TextTower(config).require_context(bert)
+    seq2seq = transformers.T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    described = json.loads(seq2seq.to_json_string(use_diff=False))
+    with pytest.raises(UserError, match="holds no encoder of texts"):
+        TextTower(replace(module.config, hugging_face=described)).require_context(bert)
 
 
 def test_folders_that_hold_no_encoder(bert: Path, tmp_path: Path) -> None:

@@ -30,6 +30,23 @@ def test_weight_decay_spares_biases_and_named_parameters(name: str) -> None:
     assert decay == pytest.approx({id(toy.layer.weight): 0.04, id(toy.layer.bias): 0.0, id(toy.mask_token): 0.0})
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_momentum_of_sgd(nesterov: bool) -> None:
+    """Two steps of a constant gradient g: by hand, with Nesterov's look ahead and without."""
+    toy = Toy()
+    before = toy.layer.weight.detach().clone()
+    config = OptimizerConfig(optimizer="sgd", lr=0.1, momentum=0.9, nesterov=nesterov)
+    optimizer = build_optimizer(toy, config, 256)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for _ in range(2):
+        toy.layer.weight.grad = torch.ones_like(before)
+        optimizer.step()
+    momenta = (1.0, 1.9)
+    moved = sum(1 + 0.9 * momentum for momentum in momenta) if nesterov else sum(momenta)
+    torch.testing.assert_close(toy.layer.weight.detach(), before - 0.1 * moved)
+
+
 def test_schedule_follows_the_official_formula() -> None:
     config = OptimizerConfig(lr=2e-4, weight_decay=0.04, weight_decay_end=0.2)
     steps, warmup, peak = 100, 10, peak_lr(config, 4096)
