@@ -111,7 +111,8 @@ def _photometric(images: Tensor, draws: Draws) -> Tensor:
         pixels = pixels.index_copy(0, rows, gaussian_blur(pixels.index_select(0, rows), draws.sigma[blurred]))
     if draws.solarize.any():
         solarized = draws.solarize.to(images.device, non_blocking=True)[:, None, None, None]
-        pixels = torch.where(solarized & (pixels >= 128), 255 - pixels, pixels)
+        # inverts from 128 on as torchvision does, and has no step at which a pixel of 127.9999 would stay as it is
+        pixels = torch.where(solarized, torch.minimum(pixels, 255 - pixels), pixels)
     return pixels
 
 
@@ -144,8 +145,8 @@ def _turn(hue: Tensor) -> Tensor:
     turned[:, 2, 1] = angle.sin()
     turned[:, 1, 2] = -angle.sin()
     to_yiq = torch.tensor(TO_YIQ)
-    back: Tensor = torch.linalg.inv(to_yiq)
-    return back @ turned @ to_yiq
+    there_and_back: Tensor = torch.linalg.inv(to_yiq) @ turned @ to_yiq
+    return torch.where((hue == 0)[:, None, None], torch.eye(3), there_and_back)  # exactly: no turn changes no pixel
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:

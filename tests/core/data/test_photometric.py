@@ -24,7 +24,7 @@ def still(count: int, **changed: list[float]) -> Draws:
 
 
 def test_nothing_is_changed_by_still_draws(images):
-    assert (photometric(images, still(4)) - images).abs().max() < 1e-3
+    assert torch.equal(photometric(images, still(4)), images.float())
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
@@ -84,6 +84,14 @@ def test_only_chosen_images_are_blurred_and_solarized(images):
     assert (found[0] - images[0]).abs().max() < 1e-3
     torch.testing.assert_close(found[1], F.gaussian_blur(images[1].float(), [17, 17], [1.0, 1.0]), atol=1e-2, rtol=0)
     torch.testing.assert_close(found[2], F.solarize(images[2], 128).float(), atol=1e-3, rtol=0)
+
+
+def test_solarisation_is_torchvisions_and_has_no_step():
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[None, :, None]  # (1, 3, 1, 256)
+    assert torch.equal(photometric(levels, still(1, solarize=[True])), F.solarize(levels, 128).float())
+    close = torch.tensor([127.0, 127.4999, 127.5001, 127.9999]).repeat(3, 1)[None, :, None]
+    found = photometric(close, still(1, solarize=[True]))[0, 0, 0]
+    torch.testing.assert_close(found, torch.tensor([127.0, 127.4999, 127.4999, 127.0001]), atol=1e-4, rtol=0)
 
 
 def test_small_images_are_blurred_too():
