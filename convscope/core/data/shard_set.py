@@ -108,13 +108,20 @@ class ShardSet:
         """The sample's labels, captions and fields; the image's bytes stay on disk."""
         return self._read(index, lambda suffix: not is_image(suffix))
 
+    def shard_of(self, index: int) -> Path | RemoteShard:
+        """Where a sample lies."""
+        return self.shards[self._number(index)]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
+
+    def _number(self, index: int) -> int:
+        return int(np.searchsorted(self._first, index, "right")) - 1
 
     def _read(self, index: int, keep: Callable[[str], bool] | None) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self._first, index, "right")) - 1
+        shard = self._number(index)
         row = index - int(self._first[shard])
         start, stop = (int(offset) for offset in self._starts[shard][row : row + 2])
         try:

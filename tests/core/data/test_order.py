@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convscope.core.data.order import Mixed, Shuffled, ShuffledInGroups
+from convscope.core.data.order import Mixed, Shuffled, ShuffledInGroups, uniform_at
 from convscope.core.errors import UserError
 
 
@@ -160,3 +160,15 @@ def test_mixtures_that_mean_nothing():
     ):
         with pytest.raises(UserError, match=said):
             Mixed(parts, weights, seed=0)
+
+
+def test_numbers_that_belong_to_positions():
+    positions = np.arange(20_000) * 3
+    numbers = uniform_at(4, positions, 5)
+    assert np.array_equal(uniform_at(4, positions[777:779], 5), numbers[777:779])
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    counts, _ = np.histogramdd(numbers[:, :2].astype(np.float64), bins=10, range=[(0, 1)] * 2)
+    assert ((counts - 200) ** 2 / 200).sum() < 149  # 99.9 % of the chi-squared distribution with 99 degrees of freedom
+    lagged = np.concatenate([numbers[1:], uniform_at(5, positions[1:], 5)], axis=1)  # the next position, another seed
+    assert np.abs(np.corrcoef(numbers[:-1], lagged, rowvar=False) - np.eye(15)).max() < 0.035  # 5 / sqrt(20 000)

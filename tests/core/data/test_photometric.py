@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import ColorJitter
 from torchvision.transforms.v2 import functional as F
 
-from convscope.core.data.photometric import TO_YIQ, Draws, PhotometricConfig, draw, gaussian_blur, photometric
+from convscope.core.data.photometric import (
+    TO_YIQ,
+    Draws,
+    PhotometricConfig,
+    augment,
+    draw,
+    gaussian_blur,
+    one_by_one,
+    photometric,
+)
 from convscope.core.errors import UserError
 from tests.core.data.test_crop import photo
 
@@ -129,6 +139,34 @@ def test_draws():
     assert draws.solarize.float().mean() == pytest.approx(0.2, abs=0.015)
     again = draw(config, 20_000, torch.Generator().manual_seed(0))
     assert torch.equal(draws.hue, again.hue)
+
+
+@pytest.mark.parametrize("colours", ["fast", "exact"])
+def test_draws_belong_to_positions(images, colours):
+    """Two processes, or any parts of a batch, change an image as one does; views of one image differ."""
+    config, positions = PhotometricConfig(solarize=0.2, colours=colours), torch.tensor([3, 40, 41, 10**12])
+    whole = augment(images, config, 7, positions)
+    for part in (slice(0, None, 2), slice(1, None, 2), slice(3, 4)):
+        assert torch.equal(augment(images[part], config, 7, positions[part]), whole[part])
+    assert not torch.equal(augment(images, config, 8, positions), whole)
+    twice = augment(images.repeat_interleave(2, 0), config, 7, positions)
+    assert twice.shape == (8, 3, 40, 56)
+    assert all(not torch.equal(one, other) for one, other in zip(twice[::2], twice[1::2]))
+
+
+def test_exact_colours_are_torchvisions(images):
+    config = PhotometricConfig(jitter=1.0, solarize=1.0, blur=1.0, sigma=(1.0, 1.0), grey=0.0, colours="exact")
+    state = torch.get_rng_state()
+    found = one_by_one(images, config, [11, 12, 13, 14])
+    assert torch.equal(torch.get_rng_state(), state)
+    for image, seed, changed in zip(images, (11, 12, 13, 14), found):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            torch.rand(1)  # whether to jitter
+            expected = ColorJitter(0.4, 0.4, 0.2, 0.1)(image)
+        expected = F.solarize(F.gaussian_blur(expected, [9, 9], [1.0, 1.0]), 128)
+        assert torch.equal(changed, expected)
+        assert changed.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
