@@ -98,10 +98,14 @@ def order_of(
 ) -> Order:
     """The order in which `train_batches` sees the samples of `shards`, or those at `indices`.
 
-    It is a shuffle of all samples; of shards that have to be fetched, of a group of them at a time.
+    It is a shuffle of all samples; of shards that have to be fetched, of a group of them at a time (but for `indices`
+    that do not ascend: these are shuffled as a whole).
     """
     if indices is not None:
-        return Shuffled(len(indices), seed)
+        chosen = np.asarray(indices, dtype=np.int64)
+        if shards.is_remote and (np.diff(chosen) > 0).all():
+            return ShuffledInGroups(shards.counts(chosen), seed, GROUP)
+        return Shuffled(len(chosen), seed)
     if weights is not None:
         return Mixed([order_of(part, seed) for part in shards.parts], weights, seed)
     if shards.is_remote:

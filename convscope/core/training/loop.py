@@ -196,7 +196,8 @@ class _Trainer:
         if self.data.photometric is not None:
             pixels = augment(pixels, self.data.photometric, self.config.seed, positions)
         pixels = self.normalize(pixels).contiguous(memory_format=torch.channels_last)
-        return pixels.unflatten(0, images.shape[:-3])
+        shaped: Tensor = pixels.unflatten(0, images.shape[:-3])
+        return shaped
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)

@@ -121,6 +121,21 @@ def test_plain_bytes_and_labels_without_names(tmp_path):
     assert source.read(items[1]) == ("jpg", encoded(1, "JPEG"))
 
 
+def test_rows_whose_label_is_withheld(tmp_path):
+    """As in the test splits of the hub: -1 everywhere, and perhaps no names."""
+    write_parquet(tmp_path / "set" / "train-00000-of-00001.parquet", table(0, 6))
+    test = table(6, 3, named=False)
+    test = test.set_column(1, "label", pyarrow.array([-1] * 3, pyarrow.int64()))
+    write_parquet(tmp_path / "set" / "test-00000-of-00001.parquet", test)
+    listing = open_source(str(tmp_path / "set")).listing()
+    assert listing.classes == NAMES
+    assert [item.label for item in listing.splits["test"]] == [None] * 3
+    run(BuildConfig(source=str(tmp_path / "set"), dest=str(tmp_path / "out")))
+    shards = open_shards(str(tmp_path / "out"), "test")
+    assert shards.classes == NAMES
+    assert all("cls" not in shards[i] for i in range(3))
+
+
 def test_mistakes_are_told(tmp_path):
     write_stream(tmp_path / "a.arrow", table(0, 3))
     for columns, said in ((Columns(label="kind"), "no column 'kind'"), (Columns(image="label"), "no column 'label'")):

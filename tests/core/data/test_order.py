@@ -119,6 +119,16 @@ def test_groups_differ_between_epochs_and_mix_within():
     assert order.reach == 1600
 
 
+def test_batches_of_a_sorted_set_of_distant_shards_mix_few_of_its_classes():
+    """1000 shards of one class each: what a shuffle inside groups of 16 must give, no more and no less."""
+    rng = np.random.default_rng(0)
+    ideal = np.concatenate([start + rng.permutation(800) // 50 for start in range(0, 1600, 16)])
+    found = ShuffledInGroups([50] * 1000, seed=0, group=16)(np.arange(50_000)) // 50
+    distinct = [np.mean([len(set(stream[i : i + 256])) for i in range(0, 49_920, 256)]) for stream in (found, ideal)]
+    assert distinct[0] == pytest.approx(20.2, abs=0.2)
+    assert distinct[0] == pytest.approx(distinct[1], abs=0.3)
+
+
 def test_one_group_of_all_shards_is_a_whole_shuffle():
     order = ShuffledInGroups([40, 0, 60], seed=1, group=5)
     assert order.reach == 100
