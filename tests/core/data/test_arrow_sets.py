@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convscope.cli import main
 from convscope.core.data.build import BuildConfig, run
 from convscope.core.data.shard_set import open_shards
 from convscope.core.data.sources import Columns, open_source
@@ -107,6 +108,15 @@ def test_shards_from_one_file(tmp_path):
     found = [Image.open(io.BytesIO(shards[i]["png"])) for i in range(9) if "png" in shards[i]]
     assert {np.asarray(image).tobytes() for image in found} == pictures
     assert sorted(shards[i]["txt"] for i in range(9)) == sorted(f"picture {i}".encode() for i in range(9))
+
+
+def test_convert_is_a_command(tmp_path, capsys):
+    saved_to_disk(tmp_path / "set")
+    main(["shards", "convert", str(tmp_path / "set"), str(tmp_path / "out"), "--samples-per-shard", "4"])
+    said = capsys.readouterr().out
+    assert "train: 11 samples in 3 shards" in said
+    assert "test: 2 samples in 1 shard," in said
+    assert len(open_shards(str(tmp_path / "out"), "test")) == 2
 
 
 def test_plain_bytes_and_labels_without_names(tmp_path):

@@ -153,6 +153,27 @@ def test_evaluation_sees_every_sample_exactly_once(tmp_path_factory, counts, wor
     assert sorted(row for rows in ranks for row in rows) == expected
 
 
+def evaluated(shards: ShardSet, workers: int, rank: int, pipe) -> None:
+    batches = eval_batches(shards, PIXELS, batch_size=2, workers=workers, rank=rank, world=2)
+    pipe.send([row for batch in batches for row in zip(batch["index"].tolist(), batch["image"][:, 0, 0, 0].tolist())])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_two_processes_share_an_evaluation(tmp_path, workers):
+    """Two shards and seven samples: most of five workers have nothing to do."""
+    shards = open_shards(str(write_split(tmp_path / "test", [6, 1])), "test")
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    group = [context.Process(target=evaluated, args=(shards, workers, rank, pipes[rank][1])) for rank in range(2)]
+    for process in group:
+        process.start()
+    rows = [row for receiver, _ in pipes for row in receiver.recv()]
+    for process in group:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(rows) == [(i, i) for i in range(7)]
+
+
 def test_evaluation_draws_are_repeatable(shards):
     runs = [images(eval_batches(shards, random_pixels, batch_size=n, workers=w)) for n, w in ((4, 0), (25, 0), (7, 2))]
     assert torch.equal(runs[0], runs[1])
