@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from convscope.core.data.decode import is_image
 from convscope.core.data.remote import RemoteShard, is_remote, shard_cache
 from convscope.core.data.shard_index import Sample, index_path, load_index, parse_sample, read_sample, scan_sound
-from convscope.core.data.shard_listing import Listing, read_listing
+from convscope.core.data.shard_listing import ShardListing, read_listing
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, write_bytes
 
@@ -263,7 +263,7 @@ def _open_folder(folder: Path, source: str, split: str) -> ShardSet:
     return _open_all(paths, source, split, classes)
 
 
-def _open_listed(folder: Path, listing: Listing, source: str, split: str, classes: list[str] | None) -> ShardSet:
+def _open_listed(folder: Path, listing: ShardListing, source: str, split: str, classes: list[str] | None) -> ShardSet:
     sizes = {folder / record.file: record.bytes for record in listing.shards}
     for path, size in sizes.items():
         found = path.stat().st_size if path.exists() else 0

@@ -5,6 +5,10 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
+from convscope.core.errors import UserError
+from convscope.core.training.config import TrainConfig
 from tests.core.data.tars import write_split
 from tests.core.training.small_run import command, finish, metrics
 from tests.core.training.test_resume import run_until_step
@@ -53,6 +57,12 @@ def test_a_rotten_share_counts_over_attempts(tmp_path: Path) -> None:
     assert attempts[1] - attempts[0] <= 1
     finish(data, run, *flags, "--max-skipped", "0.5")  # as it was told to; a flag given twice is the last one
     assert metrics(run)[-1]["step"] == 24
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_that_means_nothing(share: float) -> None:
+    with pytest.raises(UserError, match="--max-skipped is a share between 0 and 1"):
+        TrainConfig(steps=1, max_skipped=share)
 
 
 def test_two_processes_skip_what_one_skips(tmp_path: Path) -> None:
