@@ -10,6 +10,7 @@ import tyro
 from convscope.core.data.shard_set import ShardSet, open_shards
 from convscope.core.data.statistics import SplitStatistics, statistics
 from convscope.core.errors import UserError
+from convscope.core.pairs.captions import CaptionSource
 from convscope.plots.histogram import draw_counts, draw_histogram
 from convscope.report.html import Image, Part, Section, Text, write_report
 from convscope.report.tables import Cell, Table, markdown
@@ -47,7 +48,7 @@ def run(config: StatsCommand) -> None:
         indices = None
         if config.samples is not None and config.samples < len(shards):
             indices = np.sort(np.random.default_rng(config.seed).permutation(len(shards))[: config.samples]).tolist()
-        found = statistics(shards, indices)
+        found = statistics(shards, CaptionSource(), indices)
         rows.append(_row(shards, found))
         sections.append(Section(shards.split, _parts(shards, found)))
     table = Table(list(HEAD), rows, "Splits")

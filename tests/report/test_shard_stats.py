@@ -1,6 +1,7 @@
 """Statistics of shards whose content is known."""
 
 import io
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from convscope.core.data.shard_set import open_shards
 from convscope.core.data.statistics import statistics
 from convscope.core.errors import UserError
+from convscope.core.pairs.captions import CaptionSource
 from convscope.report.shard_stats import StatsCommand, run
 from tests.core.data.tars import Member, write_tar
 
@@ -38,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_counts(folder: Path) -> None:
-    found = statistics(open_shards(str(folder), "train"))
+    found = statistics(open_shards(str(folder), "train"), CaptionSource())
     assert found.samples == 7
     assert list(zip(found.widths, found.heights)) == SIZES
     assert found.bytes == [len(encoded(s, *[("JPEG", "RGB"), ("PNG", "L")][i % 2])) for i, s in enumerate(SIZES)]
@@ -49,12 +51,33 @@ def test_counts(folder: Path) -> None:
     assert [key for key, _ in found.unreadable] == ["5", "6"]
 
 
+def test_captions_and_labels_in_json(tmp_path: Path) -> None:
+    """As img2dataset and others write them."""
+    fields = [
+        {"caption": "a cat", "label": 3},
+        {"captions": ["one two", "three"], "cls": 4},
+        {"width": 8},
+        ["no fields"],
+    ]
+    members: list[Member] = []
+    for i, values in enumerate(fields):
+        members += [(f"{i}.jpg", encoded((8, 8), "JPEG", "RGB")), (f"{i}.json", json.dumps(values).encode())]
+    members += [("4.jpg", encoded((8, 8), "JPEG", "RGB")), ("4.json", b"{")]
+    write_tar(tmp_path / "train" / "train-000000.tar", members)
+    found = statistics(open_shards(str(tmp_path / "train"), "train"), CaptionSource())
+    assert found.labels == Counter({"3": 1, "4": 1})
+    assert (found.caption_words, found.caption_characters) == ([2, 2, 1], [5, 7, 5])
+    assert found.samples == 5
+
+
 def test_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(StatsCommand(source=str(folder), output=tmp_path / "page.html"))
     said = capsys.readouterr().out.splitlines()
     cells = [cell.strip() for cell in said[2].strip("|").split("|")]
     assert cells[:-1] == ["train", "2", "7", "7", "2", "2", "3", "64 x 64"]
-    assert float(cells[-1]) == round(sorted(statistics(open_shards(str(folder), "train")).bytes)[2] / 1000, 1)
+    assert float(cells[-1]) == round(
+        sorted(statistics(open_shards(str(folder), "train"), CaptionSource()).bytes)[2] / 1000, 1
+    )
     page = (tmp_path / "page.html").read_text()
     assert "Unreadable images: 5: " in page
     assert "4 of 7 samples have no .txt member." in page

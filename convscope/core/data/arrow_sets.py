@@ -42,17 +42,18 @@ class ArrowSource:
 
     def listing(self) -> Listing:  # noqa: D102
         splits: dict[str, list[Item]] = {}
-        names: list[str] | None = None
+        classes: dict[str, None] = {}  # of all splits, each once and in order
         for split, files in self.files.items():
             schema = _schema(files[0])
             image = self._image_column(schema)
             label = self._column(schema.names, self.columns.label, LABEL_COLUMNS)
             caption = self._column(schema.names, self.columns.caption, CAPTION_COLUMNS)
             names = _class_names(schema, label)
+            classes |= dict.fromkeys(names or ())
             self.images[split] = self._open_images(files, image)
             rows = _rows(files, [name for name in schema.names if not _is_image(schema.field(name).type)])
             splits[split] = [self._item(split, i, row, label, caption, names) for i, row in enumerate(rows)]
-        return Listing(splits, names)
+        return Listing(splits, list(classes) or None)
 
     def read(self, item: Item) -> EncodedImage:  # noqa: D102
         split, _, row = item.name.rpartition("/")
@@ -73,8 +74,10 @@ class ArrowSource:
     ) -> Item:
         fields = {name: value for name, value in row.items() if name not in (label, caption) and value is not None}
         value = row[label] if label else None
-        if value is not None:
-            value = names[value] if names is not None and isinstance(value, int) and value >= 0 else str(value)
+        if isinstance(value, int) and value < 0:
+            value = None  # how `datasets` marks rows whose label is withheld
+        elif value is not None:
+            value = names[value] if names is not None and isinstance(value, int) else str(value)
         text = row[caption] if caption else None
         text = text[0] if isinstance(text, list) and text else text  # the first of several captions
         return Item(f"{split}/{number}".removeprefix("/"), -1, value, None if text is None else str(text), fields)

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-EXIF, EXIF_REACH = b"Exif\0\0", 1 << 18  # its mark, and how far into a file it may stand
+NOTES = b"Exif\0\0", b"tiff:Orientation"  # marks of what may say how the camera was held; the second is XMP's
+NOTES_REACH = 1 << 18  # bytes of a file in which they may stand
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
 PILLOW = {InterpolationMode.BILINEAR: Image.Resampling.BILINEAR, InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}
 HALF = 2.0  # decoders have fast code for half the size and less, and none for what lies between
-MARGIN = 2.0  # pixels of the copy for one of the result: closer, and its filter would be the resizing's
+OVERSAMPLING = 2.0  # pixels of the copy for one of the result: closer, and its filter would be the resizing's
 
 
 class Box(NamedTuple):
@@ -77,7 +78,7 @@ class RandomCrop:
         if self.interpolation not in PILLOW or (size := _plain_jpeg(data)) is None:
             return None
         boxes = self._draw(torch.empty(1).expand(3, *size))
-        share = min(1.0, MARGIN * max(max(self.size[0] / box.height, self.size[1] / box.width) for box in boxes))
+        share = min(1.0, OVERSAMPLING * max(max(self.size[0] / box.height, self.size[1] / box.width) for box in boxes))
         least = {"min_height": math.ceil(size[0] * share), "min_width": math.ceil(size[1] * share)}
         try:
             pixels = simplejpeg.decode_jpeg(data, fastupsample=True, min_factor=HALF, **least)
@@ -124,9 +125,9 @@ def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
     """Height and width of a JPEG, if its pixels need nothing but decoding: in colour or grey, and upright."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if data.find(EXIF, 0, EXIF_REACH) >= 0:
+        if any(data.find(note, 0, NOTES_REACH) >= 0 for note in NOTES):
             with Image.open(io.BytesIO(data)) as image:
-                if image.getexif().get(ORIENTATION, 1) != 1:
+                if image.getexif().get(ORIENTATION) in range(2, 9):  # others, such as 0, turn nothing
                     return None
     except Exception:  # Pillow's readers raise anything on damaged input
         return None

@@ -12,7 +12,8 @@ from convscope.core.errors import UserError
 Positions = NDArray[np.int64]
 ROUNDS = 6
 SMALL = 1024  # up to this size an epoch is shuffled whole: a Feistel network reaches few orders of a tiny set
-BLOCK = 10_000  # positions over which the shares of a mixture are exact
+DEALT = 10_000  # positions over which the shares of a mixture are exact
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # the step of splitmix64
 
 
 class Order(Protocol):
@@ -115,12 +116,12 @@ class Mixed:
         if not all(np.isfinite(weight) and weight > 0 for weight in weights):
             raise UserError(f"weights must be positive, got {' '.join(map(str, weights))}")
         self.orders, self.seed = list(orders), seed
-        self.shares = _whole_shares(np.asarray(weights, dtype=np.float64), BLOCK)
+        self.shares = _whole_shares(np.asarray(weights, dtype=np.float64), DEALT)
         if not self.shares.all():
-            raise UserError(f"the smallest weight is below 1 in {BLOCK}; leave that source out")
+            raise UserError(f"the smallest weight is below 1 in {DEALT}; leave that source out")
         self.first = np.cumsum([0, *(order.size for order in orders)])
         self.size = int(self.first[-1])
-        self.reach = max(int(order.reach * BLOCK / share) for order, share in zip(orders, self.shares))
+        self.reach = max(int(order.reach * DEALT / share) for order, share in zip(orders, self.shares))
 
     def __call__(self, positions: Positions) -> Positions:
         """Sample indices (N,) at the given positions (N,); those of a source follow those of the ones before it."""
@@ -133,14 +134,14 @@ class Mixed:
 
     def dealt(self, position: int) -> list[int]:
         """How many of the positions before `position` each source had."""
-        blocks, rest = divmod(position, BLOCK)
+        blocks, rest = divmod(position, DEALT)
         sources, _ = _block(self.seed, blocks, tuple(self.shares.tolist()))
         counts = np.bincount(sources[:rest], minlength=len(self.shares))
         return [int(count) for count in blocks * self.shares + counts]
 
     def _own(self, positions: Positions) -> tuple[Positions, Positions]:
         """The source at each position, and the position in that source's own stream."""
-        blocks, offsets = np.divmod(positions, BLOCK)
+        blocks, offsets = np.divmod(positions, DEALT)
         sources, own = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):
             chosen = blocks == block
@@ -166,6 +167,14 @@ def _whole_shares(weights: NDArray[np.float64], total: int) -> Positions:
     shares: Positions = np.floor(exact).astype(np.int64)
     shares[np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]] += 1
     return shares
+
+
+def uniform_at(seed: int, positions: Positions, count: int) -> NDArray[np.float32]:
+    """Random numbers (N, count) in [0, 1) that belong to positions (N,): splitmix64, started anew at each of them."""
+    key = np.random.SeedSequence((seed, count)).generate_state(1, np.uint64)
+    starts = _mix(np.asarray(positions).astype(np.uint64) + key)
+    draws = _mix(starts[:, None] + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+    return (draws >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
 
 
 def permute(values: Positions, size: int, key: tuple[int, ...]) -> Positions:

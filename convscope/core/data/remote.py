@@ -24,7 +24,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from convscope.core.data.shard_index import BLOCK, ZEROS, parse_index, scan_open
+from convscope.core.data.shard_index import BLOCK, LOOKS, ZEROS, fits, parse_index, scan_open
 from convscope.core.errors import UserError
 from convscope.core.files import atomic_write, cache_dir, write_bytes
 from convscope.core.log import info
@@ -34,7 +34,7 @@ ATTEMPTS = 3
 PATIENCE = 1.0  # seconds before the second attempt; four times as long before each further one
 CHUNK = 1 << 20
 TIMEOUT = 60.0  # seconds without an answer
-SHARE = 0.5  # of the free disk that the cache may fill, unless CONVSCOPE_CACHE_GB says otherwise
+SHARE = 0.5  # of the disk that others leave that the cache may fill, unless CONVSCOPE_CACHE_GB says otherwise
 
 
 def is_remote(source: str) -> bool:
@@ -59,6 +59,10 @@ class RemoteShard:
     def starts(self) -> NDArray[np.int64]:
         """Offsets of its samples, as `shard_index.scan` gives them."""
         return self.cache.starts(self.url)
+
+    def replaced(self) -> UserError:
+        """Forget the shard and its index, which do not fit each other; the error to raise."""
+        return self.cache.replaced(self.url)
 
 
 @dataclass
@@ -88,7 +92,7 @@ class ShardCache:
 
     def starts(self, url: str) -> NDArray[np.int64]:
         """Offsets of the shard's samples and the end of the last one."""
-        index = self.folder / "index" / f"{_digest(url)}.idx"
+        index = self._index(url)
         if not index.exists():
             offsets = _remote_index(url)
             if offsets is None:
@@ -106,6 +110,15 @@ class ShardCache:
             self._file(url).unlink(missing_ok=True)
             raise UserError(f"{url} is damaged: {error}")
         return offsets
+
+    def replaced(self, url: str) -> UserError:
+        """Forget a shard and its index, which do not fit each other; the error to raise."""
+        self._file(url).unlink(missing_ok=True)
+        self._index(url).unlink(missing_ok=True)
+        return UserError(
+            f"{url} does not fit its index: it, or the .idx beside it, was replaced since it was first opened; the "
+            f"copies of both are deleted, so start again"
+        )
 
     def prefetch(self, urls: list[str]) -> None:
         """Fetch in the background what will be read soon."""
@@ -129,13 +142,23 @@ class ShardCache:
                         raise
                     info(f"warning: {error}; trying again")
                     time.sleep(PATIENCE * 4**attempt)
+            if not self._fits_index(url):
+                if wait:
+                    raise self.replaced(url)
+                self._file(url).unlink(missing_ok=True)  # who reads it will fetch it again, and be told
             self._make_room(keep=self._file(url))
 
+    def _fits_index(self, url: str) -> bool:
+        """Whether a shard that was just fetched is the one that was indexed, if it was."""
+        with suppress(FileNotFoundError):  # no index yet, or the shard had to make room at once
+            starts = parse_index(self._index(url).read_bytes(), str(self._index(url)))
+            with open(self._file(url), "rb") as file:
+                return fits(file.fileno(), starts, LOOKS)
+        return True
+
     def _make_room(self, keep: Path) -> None:
-        files = []
-        for path in self.folder.glob("*.tar"):
-            with suppress(OSError):  # another process makes room too
-                files.append((path.stat().st_mtime, path.stat().st_size, path))
+        self._delete_unfinished()
+        files = _present(self.folder)
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:
@@ -143,6 +166,16 @@ class ShardCache:
             if path != keep:
                 path.unlink(missing_ok=True)
                 total -= size
+
+    def _delete_unfinished(self) -> None:
+        """What processes left that were killed while they fetched: nobody holds the lock of such a file."""
+        for path in self.folder.glob(".*.tmp"):
+            with _locked(self.folder / f".{path.name.split('.')[1]}.lock", wait=False) as mine:
+                if mine:
+                    path.unlink(missing_ok=True)
+
+    def _index(self, url: str) -> Path:
+        return self.folder / "index" / f"{_digest(url)}.idx"
 
     def _file(self, url: str) -> Path:
         return self.folder / f"{_digest(url)}.tar"
@@ -172,7 +205,9 @@ class _Prefetcher:
 
 
 def shard_cache() -> ShardCache:
-    """The cache of this machine: in the cache folder, as large as $CONVSCOPE_CACHE_GB or half of the free disk.
+    """The cache of this machine: in the cache folder, as large as $CONVSCOPE_CACHE_GB or half of the disk that is left.
+
+    What the cache holds already counts as left.
 
     Raises:
         UserError: the folder cannot be made, or the variable is no number.
@@ -184,10 +219,20 @@ def shard_cache() -> ShardCache:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
     stated = os.environ.get("CONVSCOPE_CACHE_GB")
     try:
-        limit = float(stated) * 1e9 if stated else SHARE * shutil.disk_usage(folder).free
+        held = sum(size for _, size, _ in _present(folder))
+        limit = float(stated) * 1e9 if stated else SHARE * (shutil.disk_usage(folder).free + held)
     except ValueError as error:
         raise UserError(f"CONVSCOPE_CACHE_GB must be a number, got {stated!r}") from error
     return ShardCache(folder, int(limit))
+
+
+def _present(folder: Path) -> list[tuple[float, int, Path]]:
+    """When each shard in the cache was last used, its bytes, and the file."""
+    files = []
+    for path in folder.glob("*.tar"):
+        with suppress(OSError):  # another process makes room
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+    return files
 
 
 def _download(url: str, file: Path) -> None:
@@ -251,6 +296,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
             mine = False
         yield mine
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a fork has the descriptor too
         os.close(descriptor)
 
 

@@ -33,7 +33,7 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
-class Listing:
+class ShardListing:
     """A finished split: its shards in order, their samples, and a fingerprint of all their bytes."""
 
     fingerprint: str
@@ -46,7 +46,7 @@ class Listing:
         return {record.file: record for record in self.shards}
 
 
-def read_listing(folder: Path) -> Listing | None:
+def read_listing(folder: Path) -> ShardListing | None:
     """The listing of the split in `folder`; None where there is none: the shards came from elsewhere or are unfinished.
 
     Raises:
@@ -58,7 +58,7 @@ def read_listing(folder: Path) -> Listing | None:
     values = read_json(path)
     try:
         shards = tuple(ShardRecord.of(row) for row in values["shards"])
-        return Listing(str(values["fingerprint"]), int(values["samples"]), shards)
+        return ShardListing(str(values["fingerprint"]), int(values["samples"]), shards)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what shards build writes: {error!r}") from error
 

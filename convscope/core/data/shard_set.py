@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from convscope.core.data.decode import is_image
 from convscope.core.data.remote import RemoteShard, is_remote, shard_cache
 from convscope.core.data.shard_index import Sample, index_path, load_index, parse_sample, read_sample, scan_sound
-from convscope.core.data.shard_listing import Listing, read_listing
+from convscope.core.data.shard_listing import ShardListing, read_listing
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, write_bytes
 
@@ -33,7 +33,7 @@ class ShardSet:
     Attributes:
         shards: files, or shards that lie elsewhere.
         fingerprint: changes when the bytes of the shards do; of shards made elsewhere, when names, sizes, or the bytes
-            of samples spread over each shard do.
+            of samples spread over each shard do; of shards that are fetched, when names or the places of samples do.
         classes: names in label order, if known.
         source: what the user asked for.
         split: the split's name.
@@ -85,6 +85,11 @@ class ShardSet:
         """Samples in each shard."""
         return [len(offsets) - 1 for offsets in self._starts]
 
+    def counts(self, indices: NDArray[np.int64]) -> list[int]:
+        """How many of `indices` lie in each shard."""
+        counts: list[int] = np.histogram(indices, self._first)[0].tolist()
+        return counts
+
     @property
     def is_remote(self) -> bool:
         """Whether some of its shards have to be fetched."""
@@ -108,27 +113,38 @@ class ShardSet:
         """The sample's labels, captions and fields; the image's bytes stay on disk."""
         return self._read(index, lambda suffix: not is_image(suffix))
 
+    def shard_of(self, index: int) -> Path | RemoteShard:
+        """Where a sample lies."""
+        return self.shards[self._number(index)]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
+
+    def _number(self, index: int) -> int:
+        return int(np.searchsorted(self._first, index, "right")) - 1
 
     def _read(self, index: int, keep: Callable[[str], bool] | None) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self._first, index, "right")) - 1
+        shard = self._number(index)
         row = index - int(self._first[shard])
         start, stop = (int(offset) for offset in self._starts[shard][row : row + 2])
+        place = self.shards[shard]
         try:
-            descriptor = self._descriptor(shard)
-            if keep is not None:
-                return read_sample(lambda at, count: descriptor.read(start + at, count), stop - start, keep)
-            return parse_sample(descriptor.read(start, stop - start))
+            descriptor = self._descriptor(shard)  # one that cannot be fetched says so itself
+            try:
+                if keep is not None:
+                    return read_sample(lambda at, count: descriptor.read(start + at, count), stop - start, keep)
+                return parse_sample(descriptor.read(start, stop - start))
+            except UserError as error:
+                if isinstance(place, RemoteShard):
+                    raise place.replaced() from error
+                raise UserError(
+                    f"{place}: bytes {start} to {stop} are {error}; the index is stale or the shard damaged: "
+                    f"see shards check"
+                ) from error
         except OSError as error:
-            raise UserError(f"cannot read {self.shards[shard]}: {error.strerror or error}") from error
-        except UserError as error:
-            raise UserError(
-                f"{self.shards[shard]}: bytes {start} to {stop} are {error}; the index is stale or the shard damaged: "
-                f"see shards check"
-            ) from error
+            raise UserError(f"cannot read {place}: {error.strerror or error}") from error
 
     def _descriptor(self, shard: int) -> "_Descriptor":
         descriptor = self._open.get(shard)
@@ -247,7 +263,7 @@ def _open_folder(folder: Path, source: str, split: str) -> ShardSet:
     return _open_all(paths, source, split, classes)
 
 
-def _open_listed(folder: Path, listing: Listing, source: str, split: str, classes: list[str] | None) -> ShardSet:
+def _open_listed(folder: Path, listing: ShardListing, source: str, split: str, classes: list[str] | None) -> ShardSet:
     sizes = {folder / record.file: record.bytes for record in listing.shards}
     for path, size in sizes.items():
         found = path.stat().st_size if path.exists() else 0
@@ -290,20 +306,21 @@ def _starts(shard: Path | RemoteShard) -> NDArray[np.int64]:
 
 
 def _fingerprint(shards: Sequence[Path | RemoteShard], starts: Sequence[NDArray[np.int64]]) -> str:
-    digest = hashlib.sha256()
-    for shard, offsets in zip(shards, starts):
-        if isinstance(shard, RemoteShard):  # its bytes are far away
-            digest.update(f"{shard.url}:{len(offsets)}\n".encode())
-            digest.update(offsets.astype("<u8").tobytes())
-            continue
-        digest.update(f"{shard.name}:{shard.stat().st_size}:{len(offsets)}\n".encode())
-        digest.update(offsets.astype("<u8").tobytes())
-        spread = np.linspace(0, len(offsets) - 2, min(PRINTED, len(offsets) - 1)).astype(int)
-        with open(shard, "rb") as file:  # samples of equal size leave offsets alone
-            for start, stop in zip(offsets[spread].tolist(), offsets[spread + 1].tolist()):
-                file.seek(start)
-                digest.update(file.read(min(stop - start, PRINTED_BYTES)))
-    return digest.hexdigest()
+    with ThreadPoolExecutor(OPENERS) as pool:
+        return hashlib.sha256(b"".join(pool.map(_fingerprint_of, shards, starts))).hexdigest()
+
+
+def _fingerprint_of(shard: Path | RemoteShard, offsets: NDArray[np.int64]) -> bytes:
+    name = shard.url if isinstance(shard, RemoteShard) else f"{shard.name}:{shard.stat().st_size}"
+    digest = hashlib.sha256(f"{name}:{len(offsets)}\n".encode())
+    digest.update(offsets.astype("<u8").tobytes())
+    if isinstance(shard, RemoteShard):  # its bytes are far away
+        return digest.digest()
+    spread = np.linspace(0, len(offsets) - 2, min(PRINTED, len(offsets) - 1)).astype(int)
+    with open(shard, "rb", buffering=0) as file:  # samples of equal size leave offsets alone
+        for start, stop in zip(offsets[spread].tolist(), offsets[spread + 1].tolist()):
+            digest.update(os.pread(file.fileno(), min(stop - start, PRINTED_BYTES), start))
+    return digest.digest()
 
 
 def _classes(folder: Path) -> list[str] | None:

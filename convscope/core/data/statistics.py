@@ -2,8 +2,9 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,10 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convscope.core.data.decode import DecodeError, image_bytes
-from convscope.core.data.shard_set import Sample, ShardSet
+from convscope.core.data.shard_set import Sample, ShardSet, label_of
+from convscope.core.errors import UserError
 from convscope.core.log import progress
 
+Captions = Callable[[Sample], list[str]]  # DecodeError where a sample has none
+
 CHUNK = 1000  # samples that one thread looks at
+LABEL_FIELDS = ("cls", "label")
 
 
 @dataclass
@@ -29,20 +34,20 @@ class SplitStatistics:
     widths: list[int] = field(default_factory=list)  # pixels; these three of readable images, in their order
     heights: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
-    caption_words: list[int] = field(default_factory=list)
+    caption_words: list[int] = field(default_factory=list)  # these two of all captions
     caption_characters: list[int] = field(default_factory=list)
 
-    def add(self, sample: Sample) -> None:
-        """Count one sample."""
+    def add(self, sample: Sample, captions: Captions) -> None:
+        """Count one sample, with all of its captions."""
         self.samples += 1
         self.members.update(name for name in sample if name != "__key__")
         self._add_image(sample)
-        if "cls" in sample:
-            self.labels[_text(sample["cls"]).strip()] += 1
-        if "txt" in sample:
-            caption = _text(sample["txt"])
-            self.caption_words.append(len(caption.split()))
-            self.caption_characters.append(len(caption))
+        if (label := _label(sample)) is not None:
+            self.labels[label] += 1
+        with suppress(DecodeError):
+            for caption in captions(sample):
+                self.caption_words.append(len(caption.split()))
+                self.caption_characters.append(len(caption))
 
     def merge(self, other: "SplitStatistics") -> None:
         """Count what `other` counted."""
@@ -68,8 +73,10 @@ class SplitStatistics:
             self.bytes.append(len(data))
 
 
-def statistics(shards: ShardSet, indices: Iterable[int] | None = None) -> SplitStatistics:
+def statistics(shards: ShardSet, captions: Captions, indices: Iterable[int] | None = None) -> SplitStatistics:
     """Look at every sample, or at those at `indices`.
+
+    Labels are those of member `cls`, else of the json's `cls` or `label`.
 
     Raises:
         UserError: a shard is damaged.
@@ -80,7 +87,7 @@ def statistics(shards: ShardSet, indices: Iterable[int] | None = None) -> SplitS
     def look(part: NDArray[np.int64]) -> SplitStatistics:
         found = SplitStatistics()
         for index in part.tolist():
-            found.add(shards[index])
+            found.add(shards[index], captions)
         return found
 
     whole = SplitStatistics()
@@ -93,6 +100,15 @@ def statistics(shards: ShardSet, indices: Iterable[int] | None = None) -> SplitS
     finally:
         pool.shutdown(cancel_futures=True)
     return whole
+
+
+def _label(sample: Sample) -> str | None:
+    if "cls" in sample:  # as it stands, integer or not
+        return _text(sample["cls"]).strip()
+    for name in LABEL_FIELDS:
+        with suppress(UserError):
+            return str(label_of(sample, name))
+    return None
 
 
 def _text(value: bytes | str) -> str:

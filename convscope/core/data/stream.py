@@ -24,6 +24,7 @@ from convscope.core.data.crop import RandomCrop
 from convscope.core.data.decode import DecodeError, decode, image_bytes
 from convscope.core.data.order import Mixed, Order, Shuffled, ShuffledInGroups
 from convscope.core.data.shard_set import Sample, ShardSet, label_of
+from convscope.core.data.skipped import Skipped, check_skipped
 from convscope.core.errors import UserError
 
 Fields = Callable[[Sample], Mapping[str, Tensor]]  # further tensors of a sample
@@ -32,7 +33,6 @@ Batch = dict[str, Any]
 Indices = NDArray[np.int64] | Sequence[int]
 
 MAX_IN_A_ROW = 100  # samples that may fail one after the other before a substitute is found
-MARGIN = 5.0  # standard deviations by which the count of skipped samples may exceed its share: they come at random
 GROUP = 16  # shards that have to be fetched before samples can be shuffled over them
 PARENT_CHECK = 0.5  # seconds between two looks of a worker at whether its parent lives
 
@@ -73,17 +73,19 @@ def train_batches(
             the sample.
         indices: samples to train on; default all.
         weights: of the parts of `shards`; without, each sample comes once an epoch.
-        max_skipped: share of samples that may be replaced, because they cannot be decoded, by the next position's.
+        max_skipped: share of samples that may be replaced, because they cannot be decoded, by the next position's;
+            see `check_skipped`.
         exact: decode whole images and let `transform` work on them; otherwise a RandomCrop is cut straight from the
             bytes where these are JPEG: the same crops, pixels all but the same, twice as fast.
         pin_memory: page-lock the batches, for copies to a GPU that wait for nothing.
 
     Yields:
-        image uint8 (B, 3, H, W) in channels-last memory, index int64 (B,), label int64 (B,) if asked for, fields each
-        (B, ...), and skipped [(key, cause)].
+        image uint8 (B, 3, H, W), or (B, views, 3, H, W), in channels-last memory, index and position int64 (B,), label
+        int64 (B,) if asked for, fields each (B, ...), and skipped [Skipped].
 
     Raises:
-        UserError: too many samples cannot be decoded, a label is missing, a shard is damaged.
+        TooManySkippedError: too many samples cannot be decoded.
+        UserError: a label is missing, a shard is damaged.
     """
     order = order_of(shards, seed, weights=weights, indices=indices)
     positions = range(start + rank, stop, world)
@@ -96,10 +98,14 @@ def order_of(
 ) -> Order:
     """The order in which `train_batches` sees the samples of `shards`, or those at `indices`.
 
-    It is a shuffle of all samples; of shards that have to be fetched, of a group of them at a time.
+    It is a shuffle of all samples; of shards that have to be fetched, of a group of them at a time (but for `indices`
+    that do not ascend: these are shuffled as a whole).
     """
     if indices is not None:
-        return Shuffled(len(indices), seed)
+        chosen = np.asarray(indices, dtype=np.int64)
+        if shards.is_remote and (np.diff(chosen) > 0).all():
+            return ShuffledInGroups(shards.counts(chosen), seed, GROUP)
+        return Shuffled(len(chosen), seed)
     if weights is not None:
         return Mixed([order_of(part, seed) for part in shards.parts], weights, seed)
     if shards.is_remote:
@@ -147,28 +153,6 @@ def _limit_skipped(batches: Generator[Batch, None, None], limit: float, source: 
             yield batch
 
 
-def check_skipped(skipped: int, seen: int, limit: float, source: str, last: Sequence[tuple[str, str]] = ()) -> None:
-    """Stop where data rot.
-
-    Args:
-        skipped: samples that could not be decoded.
-        seen: among how many.
-        limit: the share allowed; the count may exceed it by five standard deviations, for they come at random.
-        source: where they come from.
-        last: (key, cause) of some, of which the last is named.
-
-    Raises:
-        UserError: too many.
-    """
-    allowed = limit * seen
-    if skipped > allowed + MARGIN * max(allowed, float(limit > 0)) ** 0.5:
-        name = f"; the last was {last[-1][0]} ({last[-1][1]})" if last else ""
-        raise UserError(
-            f"{skipped} of {seen} samples of {source} could not be decoded, more than the allowed share "
-            f"{limit:g}{name}; see shards check, or raise --max-skipped"
-        )
-
-
 @dataclass(frozen=True)
 class _Item:
     image: Tensor
@@ -205,7 +189,7 @@ class _Batches(Dataset[Any]):
             return error
 
     def _batch(self, positions: range) -> Batch:
-        skipped: list[tuple[str, str]] = []
+        skipped: list[Skipped] = []
         places = np.asarray(positions, dtype=np.int64)
         if self.shards.is_remote:
             self._prefetch(places)
@@ -222,6 +206,8 @@ class _Batches(Dataset[Any]):
             batch["label"] = torch.tensor([item.label for item in items])
         if self.order is None:
             batch["key"] = [item.key for item in items]
+        else:
+            batch["position"] = torch.from_numpy(places)
         return batch
 
     def _samples_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -235,7 +221,7 @@ class _Batches(Dataset[Any]):
         elif self.indices is None:
             self.shards.prefetch(places + max(self.shards.sizes))
 
-    def _item(self, position: int, index: int, skipped: list[tuple[str, str]]) -> _Item:
+    def _item(self, position: int, index: int, skipped: list[Skipped]) -> _Item:
         """The sample at a position, or the first readable one after it; draws are the position's own in any case."""
         for step in range(1, MAX_IN_A_ROW + 1):
             sample = self.shards[index]
@@ -245,12 +231,12 @@ class _Batches(Dataset[Any]):
             except DecodeError as error:
                 if self.order is None:
                     raise
-                skipped.append((error.key, error.cause))
+                skipped.append(Skipped(error.key, error.cause, str(self.shards.shard_of(index))))
                 index = int(self._samples_at(np.array([position + step]))[0])
                 continue
             label = None if self.label is None else label_of(sample, self.label)
             return _Item(image, index, label, str(sample["__key__"]), fields)
-        raise UserError(f"{MAX_IN_A_ROW} samples in a row cannot be decoded; the last was {skipped[-1][0]}")
+        raise UserError(f"{MAX_IN_A_ROW} samples in a row cannot be decoded; the last was {skipped[-1].key}")
 
     def _pixels(self, sample: Sample, position: int) -> Tensor:
         if isinstance(self.transform, RandomCrop) and not self.exact:

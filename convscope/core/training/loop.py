@@ -1,7 +1,7 @@
 """The training loop: the only one. An objective maps a batch to a loss; everything else happens here.
 
-Every random draw of a step is seeded by (seed, step, rank) and every draw of a transform by (seed, position), so a
-checkpoint's step fixes the rest of the run: resuming repeats what an uninterrupted run would have done.
+Every draw of an objective is seeded by (seed, step, rank) and every draw that changes an image by (seed, position), so
+a checkpoint's step fixes the rest of the run: resuming repeats what an uninterrupted run would have done.
 """
 
 import contextlib
@@ -19,8 +19,9 @@ from convscope.core import distributed
 from convscope.core.backbone import Backbone
 from convscope.core.checkpoint import RunDirectory, load_checkpoint
 from convscope.core.data.order import Mixed
-from convscope.core.data.photometric import draw, photometric
-from convscope.core.data.stream import check_skipped, order_of, train_batches
+from convscope.core.data.photometric import augment
+from convscope.core.data.skipped import Skipped, TooManySkippedError, check_skipped
+from convscope.core.data.stream import order_of, train_batches
 from convscope.core.errors import UserError
 from convscope.core.log import info, progress
 from convscope.core.memory import keep_freed_memory
@@ -106,6 +107,16 @@ class _Trainer:
         self._announce(optimization)
 
     def run_to_end(self) -> Objective:
+        try:
+            trained = self._run()
+        except TooManySkippedError as error:
+            self._report_skipped(error.skipped)
+            raise UserError(f"{error}; {self._skipped_note()}") from error
+        if distributed.is_main() and (note := self._skipped_note()):
+            info(f"note: {note}")
+        return trained
+
+    def _run(self) -> Objective:
         start = self.step * self.config.batch_size
         batches = self._batches(start)
         state = LoopState(self.objective, self.run, self.step, self.total_steps, self.device, self.normalize)
@@ -138,7 +149,6 @@ class _Trainer:
         for hook in hooks:
             hook.finish(state)
         batches.close()
-        self._tell_skipped()
         return self.objective if self.ema is None else self.ema.module
 
     def _batches(self, start: int) -> Generator[Mapping[str, Any], None, None]:
@@ -170,10 +180,7 @@ class _Trainer:
         inputs = {
             key: value.to(self.device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)
         }
-        images = inputs["image"]
-        if self.data.photometric is not None:
-            images = photometric(images, draw(self.data.photometric, len(images)))
-        inputs["image"] = self.normalize(images).contiguous(memory_format=torch.channels_last)
+        inputs["image"] = self._pixels(inputs["image"], batch["position"])
         self._report_skipped(batch.get("skipped", ()))
         dtype = PRECISIONS[self.config.precision]
         unsynced = contextlib.nullcontext() if last or distributed.world() == 1 else self.model.no_sync()  # type: ignore[operator]
@@ -182,6 +189,15 @@ class _Trainer:
                 output = self.model(inputs)
             self.scaler.scale(output.loss / self.rounds).backward()
         self.window.add(output.loss, output.metrics)
+
+    def _pixels(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Images (B, 3, H, W) as the network takes them; views of an image (B, views, 3, H, W) are images as well."""
+        pixels = images.flatten(0, -4)
+        if self.data.photometric is not None:
+            pixels = augment(pixels, self.data.photometric, self.config.seed, positions)
+        pixels = self.normalize(pixels).contiguous(memory_format=torch.channels_last)
+        shaped: Tensor = pixels.unflatten(0, images.shape[:-3])
+        return shaped
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -228,16 +244,17 @@ class _Trainer:
             f"The newest one is {self.run.latest() or 'none'}: try a lower --lr or --precision fp32"
         )
 
-    def _report_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+    def _report_skipped(self, skipped: Sequence[Skipped]) -> None:
         self.window.skipped += len(skipped)
-        for key, cause in skipped:
-            info(f"warning: skipped sample {key}: {cause}")
-            self.run.append_skipped({"step": self.step + 1, "key": key, "cause": cause})
+        for one in skipped:
+            info(f"warning: skipped sample {one.key} of {one.shard}: {one.cause}")
+            self.run.append_skipped({"step": self.step + 1, **one._asdict()})
 
-    def _tell_skipped(self) -> None:
-        if distributed.is_main() and (causes := self.run.skipped_by_cause()):
-            counts = ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
-            info(f"note: {causes.total()} samples were skipped ({counts}); skipped.jsonl names them")
+    def _skipped_note(self) -> str:
+        """How many samples were skipped for which cause, in all processes and attempts; "" for none."""
+        causes = self.run.skipped_by_cause()
+        counts = ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+        return f"{causes.total()} samples were skipped ({counts}); skipped.jsonl names them" if causes else ""
 
     def _checkpoint_every(self) -> int:
         epoch = len(self.data) // self.config.batch_size

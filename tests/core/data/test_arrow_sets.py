@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convscope.cli import main
 from convscope.core.data.build import BuildConfig, run
 from convscope.core.data.shard_set import open_shards
 from convscope.core.data.sources import Columns, open_source
@@ -109,6 +110,15 @@ def test_shards_from_one_file(tmp_path):
     assert sorted(shards[i]["txt"] for i in range(9)) == sorted(f"picture {i}".encode() for i in range(9))
 
 
+def test_convert_is_a_command(tmp_path, capsys):
+    saved_to_disk(tmp_path / "set")
+    main(["shards", "convert", str(tmp_path / "set"), str(tmp_path / "out"), "--samples-per-shard", "4"])
+    said = capsys.readouterr().out
+    assert "train: 11 samples in 3 shards" in said
+    assert "test: 2 samples in 1 shard," in said
+    assert len(open_shards(str(tmp_path / "out"), "test")) == 2
+
+
 def test_plain_bytes_and_labels_without_names(tmp_path):
     rows = pyarrow.table(
         {"jpg": [encoded(0, "JPEG"), encoded(1, "JPEG")], "label": [7, 10], "text": [["a", "b"], ["c"]]}
@@ -119,6 +129,21 @@ def test_plain_bytes_and_labels_without_names(tmp_path):
     items = source.listing().splits[""]
     assert [(item.label, item.caption) for item in items] == [("7", "a"), ("10", "c")]
     assert source.read(items[1]) == ("jpg", encoded(1, "JPEG"))
+
+
+def test_rows_whose_label_is_withheld(tmp_path):
+    """As in the test splits of the hub: -1 everywhere, and perhaps no names."""
+    write_parquet(tmp_path / "set" / "train-00000-of-00001.parquet", table(0, 6))
+    test = table(6, 3, named=False)
+    test = test.set_column(1, "label", pyarrow.array([-1] * 3, pyarrow.int64()))
+    write_parquet(tmp_path / "set" / "test-00000-of-00001.parquet", test)
+    listing = open_source(str(tmp_path / "set")).listing()
+    assert listing.classes == NAMES
+    assert [item.label for item in listing.splits["test"]] == [None] * 3
+    run(BuildConfig(source=str(tmp_path / "set"), dest=str(tmp_path / "out")))
+    shards = open_shards(str(tmp_path / "out"), "test")
+    assert shards.classes == NAMES
+    assert all("cls" not in shards[i] for i in range(3))
 
 
 def test_mistakes_are_told(tmp_path):

@@ -2,10 +2,13 @@
 
 import io
 import pickle
+import struct
+import zlib
 from contextlib import suppress
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from convscope.core.data.decode import DecodeError, decode
@@ -61,6 +64,25 @@ def test_cmyk_jpeg():
     flat = Image.new("RGB", (16, 16), (200, 30, 90))
     found = decoded(encode(flat.convert("CMYK"), "JPEG", quality=95), "jpg")
     assert np.abs(found.astype(int) - (200, 30, 90)).max() <= 3
+
+
+def test_ycck_jpeg():
+    """As Adobe's programs write CMYK: inverted, and its colours as luma and chroma."""
+    flat = np.asarray(Image.new("RGB", (16, 16), (200, 30, 90)).convert("CMYK"))
+    data = simplejpeg.encode_jpeg(255 - flat, quality=95, colorspace="CMYK", colorsubsampling="444")
+    assert simplejpeg.decode_jpeg_header(data)[2] == "YCCK"
+    assert b"Adobe" in data
+    assert np.abs(decoded(data, "jpg").astype(int) - (200, 30, 90)).max() <= 3
+
+
+def test_16_bit_colour():
+    deep = np.random.default_rng(0).integers(0, 65536, (5, 4, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)  # filter 0
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 5, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    assert np.abs(decoded(data) - deep / 257).max() <= 1  # Pillow keeps the upper byte
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convscope.core.data.order import Mixed, Shuffled, ShuffledInGroups
+from convscope.core.data.order import Mixed, Shuffled, ShuffledInGroups, uniform_at
 from convscope.core.errors import UserError
 
 
@@ -119,6 +119,16 @@ def test_groups_differ_between_epochs_and_mix_within():
     assert order.reach == 1600
 
 
+def test_batches_of_a_sorted_set_of_distant_shards_mix_few_of_its_classes():
+    """1000 shards of one class each: what a shuffle inside groups of 16 must give, no more and no less."""
+    rng = np.random.default_rng(0)
+    ideal = np.concatenate([start + rng.permutation(800) // 50 for start in range(0, 1600, 16)])
+    found = ShuffledInGroups([50] * 1000, seed=0, group=16)(np.arange(50_000)) // 50
+    distinct = [np.mean([len(set(stream[i : i + 256])) for i in range(0, 49_920, 256)]) for stream in (found, ideal)]
+    assert distinct[0] == pytest.approx(20.2, abs=0.2)
+    assert distinct[0] == pytest.approx(distinct[1], abs=0.3)
+
+
 def test_one_group_of_all_shards_is_a_whole_shuffle():
     order = ShuffledInGroups([40, 0, 60], seed=1, group=5)
     assert order.reach == 100
@@ -160,3 +170,15 @@ def test_mixtures_that_mean_nothing():
     ):
         with pytest.raises(UserError, match=said):
             Mixed(parts, weights, seed=0)
+
+
+def test_numbers_that_belong_to_positions():
+    positions = np.arange(20_000) * 3
+    numbers = uniform_at(4, positions, 5)
+    assert np.array_equal(uniform_at(4, positions[777:779], 5), numbers[777:779])
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    counts, _ = np.histogramdd(numbers[:, :2].astype(np.float64), bins=10, range=[(0, 1)] * 2)
+    assert ((counts - 200) ** 2 / 200).sum() < 149  # 99.9 % of the chi-squared distribution with 99 degrees of freedom
+    lagged = np.concatenate([numbers[1:], uniform_at(5, positions[1:], 5)], axis=1)  # the next position, another seed
+    assert np.abs(np.corrcoef(numbers[:-1], lagged, rowvar=False) - np.eye(15)).max() < 0.035  # 5 / sqrt(20 000)

@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import ColorJitter
 from torchvision.transforms.v2 import functional as F
 
-from convscope.core.data.photometric import TO_YIQ, Draws, PhotometricConfig, draw, gaussian_blur, photometric
+from convscope.core.data.photometric import (
+    TO_YIQ,
+    Draws,
+    PhotometricConfig,
+    augment,
+    draw,
+    gaussian_blur,
+    one_by_one,
+    photometric,
+)
 from convscope.core.errors import UserError
 from tests.core.data.test_crop import photo
 
@@ -24,7 +34,7 @@ def still(count: int, **changed: list[float]) -> Draws:
 
 
 def test_nothing_is_changed_by_still_draws(images):
-    assert (photometric(images, still(4)) - images).abs().max() < 1e-3
+    assert torch.equal(photometric(images, still(4)), images.float())
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
@@ -86,6 +96,14 @@ def test_only_chosen_images_are_blurred_and_solarized(images):
     torch.testing.assert_close(found[2], F.solarize(images[2], 128).float(), atol=1e-3, rtol=0)
 
 
+def test_solarisation_is_torchvisions_and_has_no_step():
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[None, :, None]  # (1, 3, 1, 256)
+    assert torch.equal(photometric(levels, still(1, solarize=[True])), F.solarize(levels, 128).float())
+    close = torch.tensor([127.0, 127.4999, 127.5001, 127.9999]).repeat(3, 1)[None, :, None]
+    found = photometric(close, still(1, solarize=[True]))[0, 0, 0]
+    torch.testing.assert_close(found, torch.tensor([127.0, 127.4999, 127.4999, 127.0001]), atol=1e-4, rtol=0)
+
+
 def test_small_images_are_blurred_too():
     one = torch.rand(1, 3, 4, 4) * 255
     assert gaussian_blur(one, torch.tensor([2.0])).shape == one.shape
@@ -121,6 +139,34 @@ def test_draws():
     assert draws.solarize.float().mean() == pytest.approx(0.2, abs=0.015)
     again = draw(config, 20_000, torch.Generator().manual_seed(0))
     assert torch.equal(draws.hue, again.hue)
+
+
+@pytest.mark.parametrize("colours", ["fast", "exact"])
+def test_draws_belong_to_positions(images, colours):
+    """Two processes, or any parts of a batch, change an image as one does; views of one image differ."""
+    config, positions = PhotometricConfig(solarize=0.2, colours=colours), torch.tensor([3, 40, 41, 10**12])
+    whole = augment(images, config, 7, positions)
+    for part in (slice(0, None, 2), slice(1, None, 2), slice(3, 4)):
+        assert torch.equal(augment(images[part], config, 7, positions[part]), whole[part])
+    assert not torch.equal(augment(images, config, 8, positions), whole)
+    twice = augment(images.repeat_interleave(2, 0), config, 7, positions)
+    assert twice.shape == (8, 3, 40, 56)
+    assert all(not torch.equal(one, other) for one, other in zip(twice[::2], twice[1::2]))
+
+
+def test_exact_colours_are_torchvisions(images):
+    config = PhotometricConfig(jitter=1.0, solarize=1.0, blur=1.0, sigma=(1.0, 1.0), grey=0.0, colours="exact")
+    state = torch.get_rng_state()
+    found = one_by_one(images, config, [11, 12, 13, 14])
+    assert torch.equal(torch.get_rng_state(), state)
+    for image, seed, changed in zip(images, (11, 12, 13, 14), found):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            torch.rand(1)  # whether to jitter
+            expected = ColorJitter(0.4, 0.4, 0.2, 0.1)(image)
+        expected = F.solarize(F.gaussian_blur(expected, [9, 9], [1.0, 1.0]), 128)
+        assert torch.equal(changed, expected)
+        assert changed.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(

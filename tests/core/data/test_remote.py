@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -188,6 +190,62 @@ def test_a_damaged_shard_is_not_kept(folder: Path, cache: Path) -> None:
     assert not list(cache.glob("*.tar"))
 
 
+@pytest.mark.parametrize("noticed", ["when it is fetched", "when it is read"])
+def test_a_shard_that_was_replaced_is_told_and_forgotten(folder: Path, cache: Path, noticed: str) -> None:
+    source = f"pipe:cat {folder}/train-000002.tar"
+    shards, tar = open_shards(source, "train"), folder / "train-000002.tar"
+    write_split(folder.parent / "other" / "train", [2, 3, 12])
+    other = folder.parent / "other" / "train" / "train-000002.tar"
+    if noticed == "when it is fetched":
+        other.write_bytes(other.read_bytes()[1024 * 2 :])  # one of its samples less
+        tar.write_bytes(other.read_bytes())
+        (file,) = cache.glob("*.tar")
+        file.unlink()
+    else:
+        (file,) = cache.glob("*.tar")
+        data = bytearray(file.read_bytes())
+        data[shards._starts[0][5] + 3] ^= 1  # the name of the sixth sample
+        file.write_bytes(data)
+    with pytest.raises(UserError, match=r"train-000002\.tar does not fit its index.*start again$") as caught:
+        [shards[i] for i in range(12)]
+    assert "shards check" not in str(caught.value)
+    again = open_shards(source, "train")
+    assert same(again, open_shards(str(tar), "train"))
+    assert (again.fingerprint == shards.fingerprint) == (noticed == "when it is read")
+
+
+def test_what_a_killed_process_left_is_deleted(folder: Path, cache: Path) -> None:
+    shards = remote_set(folder)
+    (file, *others) = cache.glob("*.tar")
+    for path in (file, *others):
+        path.unlink()
+    dead, alive = (cache / f".{name}.tar.0123abcd.tmp" for name in ("0" * 24, "1" * 24))
+    for path in (dead, alive):
+        path.write_bytes(b"half a shard")
+    with remote._locked(cache / f".{'1' * 24}.lock", wait=False):
+        assert shards[0]["__key__"] == "00000"
+        assert not dead.exists()
+        assert alive.exists()
+
+
+def test_a_fork_does_not_keep_a_lock(tmp_path: Path) -> None:
+    with remote._locked(tmp_path / "lock", wait=False) as mine:
+        assert mine
+        sleeper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        sleeper.start()
+    with remote._locked(tmp_path / "lock", wait=False) as mine:
+        assert mine
+    sleeper.kill()
+    sleeper.join()
+
+
+def test_what_the_cache_holds_counts_as_free(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(parents=True)
+    (cache / "a.tar").write_bytes(bytes(3000))
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
+    assert remote.shard_cache().limit == 4000
+
+
 def test_its_size_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVSCOPE_CACHE_GB", "1.5")
     assert remote.shard_cache().limit == 1_500_000_000
@@ -226,10 +284,19 @@ def drawn(batches: Iterator[dict[str, torch.Tensor]]) -> list[int]:
     return torch.cat([batch["index"] for batch in batches]).tolist()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_training_order_and_resume(folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def through_memory(folder: Path) -> str:
+    """The shards in fsspec's file system in memory, which stands for those that need an account."""
+    files = fsspec.filesystem("memory")
+    for path in folder.glob("*.tar"):
+        files.pipe_file(f"/{folder.parent.parent.name}/{path.name}", path.read_bytes())
+    return f"memory://{folder.parent.parent.name}"
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("pipe", 0), ("pipe", 2), ("http", 0), ("http", 2), ("memory", 2)])
+def test_training_order_and_resume(folder: Path, server: Server, kind: str, workers: int, monkeypatch) -> None:
     monkeypatch.setattr(stream, "GROUP", 2)
-    shards = remote_set(folder)
+    place = {"pipe": f"pipe:cat {folder}", "http": server.url, "memory": through_memory(folder)}[kind]
+    shards = open_shards(f"{place}/train-{{000000..000003}}.tar", "train")
     options = {"batch_size": 5, "seed": 1, "stop": 50, "workers": workers}
     whole = drawn(train_batches(shards, PIXELS, **options))
     assert whole == order_of(shards, 1)(np.arange(50)).tolist()
@@ -237,6 +304,16 @@ def test_training_order_and_resume(folder: Path, workers: int, monkeypatch: pyte
     assert drawn(train_batches(shards, PIXELS, start=15, **options)) == whole[15:]
     ranks = [drawn(train_batches(shards, PIXELS, start=15, rank=r, world=2, **options)) for r in range(2)]
     assert [i for pair in zip(*ranks) for i in pair] + ranks[0][len(ranks[1]) :] == whole[15:]
+
+
+def test_a_subset_is_read_a_group_of_shards_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "GROUP", 2)
+    shards, chosen = remote_set(folder), np.array([0, 3, 6, 7, 9, 12, 15, 20, 24])
+    index = np.array(drawn(train_batches(shards, PIXELS, batch_size=4, seed=1, stop=18, indices=chosen)))
+    assert sorted(index[:9]) == sorted(index[9:]) == chosen.tolist()
+    owner = np.repeat(np.arange(4), COUNTS)[index[:9]]
+    first = next(n for n in range(1, 9) if not set(owner[:n]) & set(owner[n:]))  # no shard of the first part returns
+    assert {len(set(owner[:first])), len(set(owner[first:]))} == {2}
 
 
 def test_evaluation_is_in_order(folder: Path) -> None:
@@ -266,7 +343,7 @@ def test_a_failed_prefetch_is_told_by_who_reads(folder: Path, cache: Path) -> No
         file.unlink()
     os.rename(folder / "train-000002.tar", folder / "away.tar")
     shards.prefetch(np.arange(25))
-    with pytest.raises(UserError, match=r"ended with 1: .*No such file"):
+    with pytest.raises(UserError, match=r"^pipe:.* ended with 1: .*No such file or directory$"):
         shards[10]
     os.rename(folder / "away.tar", folder / "train-000002.tar")
     assert shards[10]["__key__"] == "00010"

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import tarfile
 from pathlib import Path
 
@@ -234,6 +235,20 @@ def test_stale_index(tmp_path, change):
     change(path)
     with pytest.raises(UserError, match=r"x\.tar\.idx is stale.*shards index"):
         load_index(path)
+
+
+def test_a_tar_rewritten_inside_after_it_was_indexed(tmp_path):
+    """It ends and its last sample begins where they did."""
+    path = tmp_path / "x.tar"
+    write_tar(path, [(f"{i}.txt", bytes(size)) for i, size in enumerate((600, 1200, 600, 10))])
+    write_index(path)
+    write_tar(path, [(f"{i}.txt", bytes(size)) for i, size in enumerate((1200, 600, 600, 10))])
+    indexed = index_path(path).stat().st_mtime_ns
+    os.utime(path, ns=(indexed, indexed + 1))
+    with pytest.raises(UserError, match=r"x\.tar\.idx is stale"):
+        load_index(path)
+    write_index(path)
+    assert load_index(path).tolist() == [0, 2048, 3584, 5120, 6144]
 
 
 def test_tar_truncated_after_it_was_indexed(tmp_path):

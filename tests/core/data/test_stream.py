@@ -50,9 +50,10 @@ def children() -> int:
 def test_a_batch(shards):
     first, *_, last = train_batches(shards, PIXELS, batch_size=4, seed=1, stop=10, label="cls")
     order = Shuffled(25, seed=1)(np.arange(4))
-    assert first.keys() == {"image", "index", "label", "skipped"}
+    assert first.keys() == {"image", "index", "label", "position", "skipped"}
     assert (first["image"].dtype, first["image"].shape) == (torch.uint8, (4, 3, 8, 8))
     assert first["index"].dtype == first["label"].dtype == torch.int64
+    assert first["position"].tolist() == [0, 1, 2, 3]
     assert first["index"].tolist() == order.tolist() == first["image"][:, 0, 0, 0].tolist()
     assert first["label"].tolist() == (order % 3).tolist()
     assert first["skipped"] == []
@@ -152,6 +153,27 @@ def test_evaluation_sees_every_sample_exactly_once(tmp_path_factory, counts, wor
     assert sorted(row for rows in ranks for row in rows) == expected
 
 
+def evaluated(shards: ShardSet, workers: int, rank: int, pipe) -> None:
+    batches = eval_batches(shards, PIXELS, batch_size=2, workers=workers, rank=rank, world=2)
+    pipe.send([row for batch in batches for row in zip(batch["index"].tolist(), batch["image"][:, 0, 0, 0].tolist())])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_two_processes_share_an_evaluation(tmp_path, workers):
+    """Two shards and seven samples: most of five workers have nothing to do."""
+    shards = open_shards(str(write_split(tmp_path / "test", [6, 1])), "test")
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    group = [context.Process(target=evaluated, args=(shards, workers, rank, pipes[rank][1])) for rank in range(2)]
+    for process in group:
+        process.start()
+    rows = [row for receiver, _ in pipes for row in receiver.recv()]
+    for process in group:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(rows) == [(i, i) for i in range(7)]
+
+
 def test_evaluation_draws_are_repeatable(shards):
     runs = [images(eval_batches(shards, random_pixels, batch_size=n, workers=w)) for n, w in ((4, 0), (25, 0), (7, 2))]
     assert torch.equal(runs[0], runs[1])
@@ -184,9 +206,11 @@ def test_corrupt_samples_are_replaced_by_the_next_position(damaged, workers, wor
     label = torch.stack([torch.cat([batch["label"] for batch in batches]) for batches in ranks], dim=1).flatten()
     assert label.tolist() == [i % 3 for i in expected]
     told = [skip for batches in ranks for batch in batches for skip in batch["skipped"]]
-    assert sorted(key for key, _ in told) == sorted(skips)
+    assert sorted(skip.key for skip in told) == sorted(skips)
     assert len(skips) >= 8
-    assert {cause for _, cause in told} == {"no image format that Pillow reads"}
+    assert {skip.shard for skip in told if skip.key == "00030"} == {str(damaged.shards[1])}
+    assert {skip.shard for skip in told if skip.key == "00012"} == {str(damaged.shards[0])}
+    assert {skip.cause for skip in told} == {"no image format that Pillow reads"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -196,8 +220,10 @@ def test_too_many_corrupt_samples_stop_the_run(damaged, workers):
     batches = train_batches(damaged, PIXELS, batch_size=1, seed=0, stop=1000, workers=workers)
     told = []
     with pytest.raises(UserError, match=r"7 of \d+ samples of .* \(no image format.*--max-skipped") as caught:
-        told.extend(key for batch in batches for key, _ in batch["skipped"])
+        told.extend(skip for batch in batches for skip in batch["skipped"])
     assert len(told) == 5
+    assert len(caught.value.skipped) == 2  # of the last batch, which never came
+    assert caught.value.skipped[-1].key in str(caught.value)
     assert "\n" not in str(caught.value)
     assert children() == before
 
@@ -392,7 +418,7 @@ def test_fast_decoding_skips_what_exact_decoding_skips(tmp_path):
     options = {"batch_size": 6, "seed": 1, "stop": 24, "max_skipped": 1.0}
     exact, fast = (list(train_batches(shards, crop_flip(32), exact=e, **options)) for e in (True, False))
     assert [batch["skipped"] for batch in fast] == [batch["skipped"] for batch in exact]
-    assert {key for batch in fast for key, _ in batch["skipped"]} == {"002", "005"}
+    assert {skip.key for batch in fast for skip in batch["skipped"]} == {"002", "005"}
     assert [batch["index"].tolist() for batch in fast] == [batch["index"].tolist() for batch in exact]
 
 

@@ -1,4 +1,7 @@
-"""A run that writes down which samples each step saw: python -m tests.core.training.recorder DATA OUTPUT WORKERS."""
+"""A run that writes down which samples each step saw: python -m tests.core.training.recorder OUTPUT WORKERS DATA...
+
+Of two data sets, the first has three times the weight of the other.
+"""
 
 import json
 import sys
@@ -9,7 +12,7 @@ import torch
 from convscope.core import distributed
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.checkpoint import RunDirectory, latest_checkpoint, load_checkpoint
-from convscope.core.data.shard_set import open_shards
+from convscope.core.data.shard_set import ShardSet, open_shards
 from convscope.core.data.transforms import Normalize, crop_flip
 from convscope.core.training.config import TrainConfig, TrainData
 from convscope.core.training.loop import train
@@ -34,7 +37,10 @@ class Recorder(Objective):
         return StepOutput(torch.stack([one.square().mean() for one in features.values()]).sum())
 
 
-def main(data: str, output: Path, workers: int) -> None:
+WEIGHTS = (3.0, 1.0)
+
+
+def main(output: Path, workers: int, sources: list[str]) -> None:
     """One run, or the rest of one."""
     torch.set_num_threads(1)
     newest = latest_checkpoint(output)
@@ -44,10 +50,12 @@ def main(data: str, output: Path, workers: int) -> None:
     with distributed.process_group(torch.device("cpu")):
         objective = Recorder(backbone, output.with_suffix(".seen"), step)
         normalize = Normalize((0.5,) * 3, (0.5,) * 3)
-        samples = TrainData(shards=open_shards(data, "train"), transform=crop_flip(32), normalize=normalize)
+        shards = ShardSet.joined([open_shards(source, "train") for source in sources])
+        weights = WEIGHTS if len(sources) > 1 else None
+        samples = TrainData(shards=shards, transform=crop_flip(32), normalize=normalize, weights=weights)
         with RunDirectory(output, main=distributed.is_main()) as run:
             train(objective, samples, config, OptimizerConfig(), run)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
