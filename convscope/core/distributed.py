@@ -124,9 +124,11 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
 def sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """Make every BatchNorm use the statistics of the whole group's batch in training.
 
-    On CUDA these are torch's own layers; gloo has none, so there they are computed with differentiable sums.
+    On CUDA these are torch's own layers; gloo has none, so there they are computed with differentiable sums. Where all
+    statistics are frozen there is nothing to do.
     """
-    if not dist.is_initialized():
+    frozen = not any(child.training for child in module.modules() if isinstance(child, nn.BatchNorm2d))
+    if frozen or not dist.is_initialized():
         return module
     if device.type == "cuda":
         converted: nn.Module = convert_sync_batchnorm(module)

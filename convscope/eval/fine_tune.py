@@ -1,15 +1,19 @@
 """Fine-tuning: the whole network trained on all labels or a few, from a checkpoint or from scratch."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+import yaml
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from convscope.core import distributed
 from convscope.core.backbone import Backbone
@@ -24,8 +28,9 @@ from convscope.core.models import load_backbone, model_record, save_backbone, un
 from convscope.core.results import EvalResult, Figure, bootstrap, save_result
 from convscope.core.training.config import RESUMABLE, TrainConfig, TrainData
 from convscope.core.training.loop import train
-from convscope.core.training.objective import Batch, Objective, StepOutput
+from convscope.core.training.objective import Objective
 from convscope.core.training.optimization import OptimizerConfig
+from convscope.eval.classification import Classification, ClassificationConfig
 from convscope.eval.common import same_samples
 
 PROTOCOL = "fine-tune/1"
@@ -77,37 +82,30 @@ class FineTuneCommand:
     """Range of the random crop's area."""
     flip: bool = True
     """Mirror images at random."""
-    label_smoothing: float = 0.1
-    """Of the cross-entropy."""
+    crop_pct: float | None = None
+    """Share of the resized test image that its centre crop takes; default: as the checkpoint says."""
+    drop_path: float | None = None
+    """Stochastic depth rate; default: as the checkpoint was trained."""
+    classification: tyro.conf.OmitArgPrefixes[ClassificationConfig] = field(default_factory=ClassificationConfig)
     optimization: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=default_optimization)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            raise UserError(f"--label-smoothing must lie between 0 and 1, got {self.label_smoothing}")
+
+@cache
+def presets() -> dict[str, dict[str, Any]]:
+    """Published recipes by name, as data."""
+    return dict(yaml.safe_load(resources.files("convscope.eval").joinpath("fine_tune_presets.yaml").read_text()))
 
 
-class Classification(Objective):
-    """Cross-entropy of a linear head on the backbone's pooled features."""
+def preset(command: type[FineTuneCommand], name: str, arguments: list[str]) -> Mapping[str, Any]:
+    """Flags of a named recipe.
 
-    def __init__(self, backbone: Backbone, classes: int, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.num_features, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-        self.label_smoothing = label_smoothing
-
-    def forward(self, batch: Batch) -> StepOutput:
-        """Loss on `image` (B, 3, H, W) and `label` (B,)."""
-        logits = self.logits(batch["image"])
-        loss = nn.functional.cross_entropy(logits.float(), batch["label"], label_smoothing=self.label_smoothing)
-        return StepOutput(loss, {"accuracy": (logits.argmax(1) == batch["label"]).float().mean()})
-
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, classes)."""
-        out: Tensor = self.head(self.backbone(images))
-        return out
+    Raises:
+        UserError: no such recipe.
+    """
+    if name not in presets():
+        raise UserError(f"no preset {name!r}; presets of fine-tune: {', '.join(presets())}")
+    return presets()[name]
 
 
 def run(config: FineTuneCommand) -> None:
@@ -126,16 +124,7 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
     """
     device = distributed.pick_device(config.train.device)
     with distributed.process_group(device):
-        backbone = load_backbone(
-            config.model,
-            arch=config.arch,
-            model_args=parse_assignments(config.model_args),
-            allow_partial=config.allow_partial,
-        )
-        if config.from_scratch:
-            backbone = untrained_twin(backbone, config.train.seed)
-        if config.size is not None:
-            backbone = backbone.at_size(config.size)
+        backbone = _start(config)
         record = model_record(backbone)  # before training changes the weights
         shards = open_shards(config.data, config.train_split)
         test = open_shards(config.data, config.test_split)
@@ -146,7 +135,7 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
             raise UserError(f"label {labels.min()} of {config.data} is negative; labels count from 0")
         indices = None if config.per_class is None else per_class_subset(labels, config.per_class, config.train.seed)
         torch.manual_seed(config.train.seed)
-        objective = Classification(backbone, int(labels.max()) + 1, config.label_smoothing)
+        objective = Classification(backbone, int(labels.max()) + 1, config.classification)
         main = distributed.is_main()
         with RunDirectory(config.output_dir, main=main, takes_over="CONVSCOPE_JOB" in os.environ) as run_dir:
             run_dir.claim(config, RESUMABLE)
@@ -160,6 +149,20 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
     return result
 
 
+def _start(config: FineTuneCommand) -> Backbone:
+    arguments = parse_assignments(config.model_args)
+    if config.drop_path is not None:
+        arguments["drop_path_rate"] = config.drop_path
+    backbone = load_backbone(config.model, arch=config.arch, model_args=arguments, allow_partial=config.allow_partial)
+    if config.from_scratch:
+        backbone = untrained_twin(backbone, config.train.seed)
+    if config.size is not None:
+        backbone = backbone.at_size(config.size)
+    if config.crop_pct is not None:
+        backbone.preprocessing = replace(backbone.preprocessing, crop_pct=config.crop_pct)
+    return backbone
+
+
 def _train_data(
     config: FineTuneCommand, backbone: Backbone, shards: ShardSet, indices: NDArray[np.int64] | None
 ) -> TrainData:
@@ -169,6 +172,7 @@ def _train_data(
         scale=config.crop_scale,
         interpolation=preprocessing.interpolation,
         flip=config.flip,
+        after=config.classification.augmentation(preprocessing),
     )
     normalize = Normalize(preprocessing.mean, preprocessing.std)
     return TrainData(shards=shards, transform=transform, normalize=normalize, label=config.label, indices=indices)

@@ -16,7 +16,8 @@ from convscope.core.errors import UserError
 from convscope.core.models import load_backbone, untrained_twin
 from convscope.core.results import load_result
 from convscope.core.training.config import TrainConfig
-from convscope.eval.fine_tune import Classification, FineTuneCommand, default_optimization, fine_tune, predict, run
+from convscope.eval.classification import Classification
+from convscope.eval.fine_tune import FineTuneCommand, default_optimization, fine_tune, predict, run
 
 ARGUMENTS = {"model": "timm:resnet18_cifar@random", "model_args": ("channels=8,8,16,16",), "size": 32}
 
@@ -30,7 +31,7 @@ def command(data: str, output: Path, *, steps: int = 30, **changes: Any) -> Fine
 
 
 def test_loss_is_smoothed_cross_entropy_of_the_pooled_features() -> None:
-    objective = Classification(create_backbone("resnet10t", {}, seed=0), 5, label_smoothing=0.1).eval()
+    objective = Classification(create_backbone("resnet10t", {}, seed=0), 5).eval()
     torch.nn.init.normal_(objective.head.weight)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 4, 1, 1])
     output = objective({"image": images, "label": labels})

@@ -11,6 +11,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
 from convscope.core.errors import UserError
+from convscope.core.training.layer_decay import lr_scales
 from convscope.core.training.objective import Objective
 
 LR_REFERENCE_BATCH = 256
@@ -46,6 +47,10 @@ class OptimizerConfig:
     """First learning rate as a share of the peak."""
     lr_end: float = 0.001
     """Last learning rate as a share of the peak; of the cosine."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from one layer to the next towards the input; the objective's own parts keep 1."""
+    layer_blocks: tuple[int, ...] = ()
+    """Blocks of each stage that share a layer, such as 3 3 3 3 for ConvNeXt; default: each is one."""
     milestones: tuple[float, ...] = ()
     """Epochs at which the learning rate falls, in place of the cosine."""
     lr_drop: float = 0.1
@@ -56,6 +61,10 @@ class OptimizerConfig:
             raise UserError(f"--milestones must be positive and ascend, got {' '.join(map(str, self.milestones))}")
         if self.lr <= 0:
             raise UserError(f"--lr must be positive, got {self.lr}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"--layer-decay must be above 0 and at most 1, got {self.layer_decay}")
+        if any(blocks < 1 for blocks in self.layer_blocks):
+            raise UserError(f"--layer-blocks must be at least 1, got {' '.join(map(str, self.layer_blocks))}")
         if self.clip is not None and self.clip <= 0:
             raise UserError(f"--clip must be positive, got {self.clip}")
 
@@ -66,9 +75,14 @@ def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
 
 
 def build_optimizer(objective: Objective, config: OptimizerConfig, batch_size: int) -> torch.optim.Optimizer:
-    """timm's optimizer over two groups: decayed, and not decayed (1-d, biases, the objective's own list)."""
+    """timm's optimizer over two groups: decayed, and not decayed (1-d, biases, the objective's own list).
+
+    With `layer_decay` each layer has two groups of its own.
+    """
     groups = param_groups_weight_decay(objective, weight_decay=1.0, no_weight_decay_list=objective.no_weight_decay())
     groups = [{**group, "decay_scale": group["weight_decay"]} for group in groups if group["params"]]
+    if config.layer_decay is not None:
+        groups = _by_layer(groups, objective, config.layer_decay, config.layer_blocks)
     options: dict[str, Any] = {"lr": peak_lr(config, batch_size), "weight_decay": config.weight_decay}
     if config.optimizer in ("lamb", "adamw", "adam"):
         options |= {"betas": config.betas, "eps": config.eps}
@@ -79,6 +93,20 @@ def build_optimizer(objective: Objective, config: OptimizerConfig, batch_size: i
     name = "momentum" if config.optimizer == "sgd" and not config.nesterov else config.optimizer  # timm's word for it
     optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=name, **options)
     return optimizer
+
+
+def _by_layer(
+    groups: list[dict[str, Any]], objective: Objective, decay: float, blocks: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The groups, each parted by the learning rate of its parameters; timm's schedules multiply by `lr_scale`."""
+    scales = lr_scales(objective.backbone, decay, blocks)
+    scale_of = {id(p): scales[name] for name, p in objective.backbone.model.named_parameters() if name in scales}
+    parted = []
+    for group in groups:
+        for scale in sorted({scale_of.get(id(p), 1.0) for p in group["params"]}):
+            members = [p for p in group["params"] if scale_of.get(id(p), 1.0) == scale]
+            parted.append({**group, "params": members, "lr_scale": scale})
+    return parted
 
 
 class Schedule:
@@ -128,7 +156,10 @@ class Schedule:
     def values(self) -> dict[str, float]:
         """The values in force, for the log."""
         groups = self.optimizer.param_groups
-        return {"lr": float(groups[0]["lr"]), "weight_decay": float(max(group["weight_decay"] for group in groups))}
+        return {
+            "lr": float(max(group["lr"] for group in groups)),
+            "weight_decay": float(max(group["weight_decay"] for group in groups)),
+        }
 
 
 def count_parameters(module: nn.Module) -> int:
