@@ -65,6 +65,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("eval", "fine-tune"): Command(
         "convscope.eval.fine_tune", "FineTuneCommand", "train the whole network on all or a few labels"
     ),
+    ("eval", "features"): Command(
+        "convscope.eval.features_command", "FeaturesCommand", "features of a frozen backbone as plain arrays"
+    ),
     ("analyze", "erf"): Command("convscope.analysis.erf_command", "ErfCommand", "effective receptive fields"),
     ("export", "backbone"): Command(
         "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"
@@ -80,7 +83,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("slurm", "resume"): Command(
         "convscope.slurm.commands", "RunCommand", "submit it again, as it was last", run="run_resume"
     ),
-    ("report",): Command("convscope.report.runs", "ReportCommand", "compare runs and results in one HTML file"),
+    ("report",): Command(
+        "convscope.report.runs", "ReportCommand", "compare runs and results: HTML, Markdown, CSV, LaTeX"
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -16,12 +16,17 @@ from torch import Tensor
 from convscope.core.backbone import Backbone
 from convscope.core.config import parse_assignments
 from convscope.core.data.shard_set import ShardSet, open_shards
+from convscope.core.distributed import is_main, pick_device, process_group
 from convscope.core.errors import UserError
 from convscope.core.files import cache_dir
 from convscope.core.log import info
 from convscope.core.models import load_backbone, model_record
-from convscope.core.results import EvalResult, Figure, bootstrap, save_result
+from convscope.core.results import EvalResult, Figure, Samples, bootstrap, save_result
+from convscope.eval.feature_store import Store
 from convscope.eval.features import Features, Pool, Precision, extract
+from convscope.eval.output import default_output
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,8 @@ class FrozenFeatures:
     """Accepted share of the backbone's weights that a checkpoint provides."""
     precision: Precision = "fp32"
     """Arithmetic of the backbone."""
+    store: Store = "fp32"
+    """How features are kept; fp16 takes half the disk (docs/design.md says what it changes)."""
     batch_size: int = 256
     """Images at a time; the result does not depend on it."""
     workers: int = 2
@@ -55,7 +62,8 @@ class FrozenFeatures:
     cache: bool = True
     """Keep features in the cache folder ($CONVSCOPE_CACHE)."""
     output: Path | None = None
-    """Result file; default RUN/results/TASK.json for a run, else results/ARCH-TASK.json."""
+    """Result file; default RUN/results/TASK.json for a run, else results/ARCH-TASK.json; on other data than a result
+    that is there, TASK-DATA.json."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "batch_size")
@@ -129,10 +137,15 @@ def rank_of_truth(scores: Tensor, y: Tensor) -> Tensor:
     return (~behind).sum(1)
 
 
+def hits_of(rank: Tensor, classes: int) -> Samples:
+    """Whether the truth comes first, and among the first five where there are more than five classes, (N,) each."""
+    ends = {"top1": 1, "top5": 5} if classes > 5 else {"top1": 1}
+    return {name: (rank < end).cpu().numpy() for name, end in ends.items()}
+
+
 def accuracies(rank: Tensor, classes: int, seed: int) -> dict[str, Figure]:
     """Top-1, and top-5 where there are more than five classes, with intervals over the test images."""
-    ends = {"top1": 1, "top5": 5} if classes > 5 else {"top1": 1}
-    return {name: bootstrap((rank < end).cpu().numpy(), seed=seed) for name, end in ends.items()}
+    return {name: bootstrap(hits, seed=seed) for name, hits in hits_of(rank, classes).items()}
 
 
 def open_both(config: FrozenFeatures) -> tuple[Backbone, ShardSet, ShardSet]:
@@ -161,7 +174,11 @@ def require_same_keys(train: Features, test: Features, skip_self: bool) -> None:
 def extract_both(
     backbone: Backbone, train: ShardSet, test: ShardSet, config: FrozenFeatures, device: str
 ) -> dict[str, tuple[Features, Features]]:
-    """Train and test features by layer."""
+    """Train and test features by layer.
+
+    Under torchrun each process computes a share of them; then all but the main one end, and the rest of the command is
+    the main one's.
+    """
 
     def features(shards: ShardSet) -> dict[str, Features]:
         return extract(
@@ -174,16 +191,20 @@ def extract_both(
             workers=config.workers,
             device=device,
             precision=config.precision,
+            store=config.store,
             cache=cache_dir() / "features" if config.cache else None,
         )
 
-    of_train = features(train)
-    of_test = of_train if same_samples(train, test) else features(test)
+    with process_group(pick_device(device)):
+        of_train = features(train)
+        of_test = of_train if same_samples(train, test) else features(test)
+        if not is_main():
+            raise SystemExit(0)
     return {name: (of_train[name], of_test[name]) for name in of_train}
 
 
-def figures_by_layer(by_layer: Mapping[str, Mapping[str, Figure]]) -> dict[str, Figure]:
-    """All figures under one another's names; with several layers, each name starts with its layer."""
+def figures_by_layer(by_layer: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """All figures, or their samples, in one mapping; with several layers, each name starts with its layer."""
     return {
         name if len(by_layer) == 1 else f"{layer} {name}": figure
         for layer, figures in by_layer.items()
@@ -202,8 +223,9 @@ def frozen_result(
     figures: Mapping[str, Figure],
     details: Mapping[str, Any],
     seed: int,
+    samples: Samples | None = None,
 ) -> EvalResult:
-    """Figures and details with what they were measured on."""
+    """Figures and details with what they were measured on; `samples` are what figures are means of, in test order."""
     parts = {
         name: {"split": shards.split, "fingerprint": shards.fingerprint, "count": len(shards)}
         for name, shards in (("train", train), ("test", test))
@@ -215,25 +237,18 @@ def frozen_result(
         data={"source": train.source, **parts, "label": config.label},
         preprocessing=asdict(backbone.preprocessing),
         figures=figures,
-        details={"pool": config.pool, "precision": config.precision, **details},
+        details={"pool": config.pool, "precision": config.precision, "store": config.store, **details},
         seed=seed,
+        samples=samples or {},
     )
 
 
 def save_frozen(result: EvalResult, config: FrozenFeatures) -> Path:
     """Write the result where the settings say, and name the file on the terminal."""
-    path = config.output or default_output(config.model, str(result.model["arch"]), result.task)
+    path = config.output or default_output(config.model, str(result.model["arch"]), result.task, result.data)
     save_result(path, result)
     info(f"{result.task}: wrote {path}")
     return path
-
-
-def default_output(model: str, arch: str, task: str) -> Path:
-    """RUN/results/TASK.json for a run directory; else results/ARCH-TASK.json, where timm's @random stays visible."""
-    if Path(model).is_dir():
-        return Path(model) / "results" / f"{task}.json"
-    name = model.removeprefix("timm:") if model.startswith("timm:") else arch
-    return Path("results") / f"{name}-{task}.json"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

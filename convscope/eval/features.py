@@ -1,36 +1,37 @@
-"""Features of a frozen backbone: one pass for all layers, kept in a cache."""
+"""Features of a frozen backbone: one pass for all layers, kept in a store that every evaluation reads."""
 
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from convscope.core import distributed
 from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
-from convscope.core.data.stream import eval_batches
 from convscope.core.data.subset import read_labels
-from convscope.core.data.transforms import Normalize, eval_transform
+from convscope.core.data.transforms import Normalize
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
-from convscope.core.files import write_bytes
-from convscope.core.log import info, progress
 from convscope.core.memory import keep_freed_memory
 from convscope.core.results import versions
+from convscope.eval.extraction import Extraction, fill
+from convscope.eval.feature_store import FeatureStore, Store
 
 Pool = Literal["avg", "max", "gem", "cls"]
 Precision = Literal["fp32", "bf16"]
 
 POOLED = "pooled"  # the layer name of `Backbone.forward`
 GEM_POWER = 3.0
-CACHE_VERSION = 1  # of what is computed; a new one leaves old files unused
+CACHE_VERSION = 2  # of what is computed and how it is stored; a new one leaves old files unused
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Features:
     """One layer's features of a data set, in the data set's order."""
 
     keys: list[str]
-    x: Tensor  # (N, D) float32, on the CPU
+    x: Tensor  # (N, D) float32, or float16 with --store fp16, on the CPU; maps a file, so never write into it
     y: Tensor | None = None  # (N,) int64
 
 
@@ -53,9 +54,13 @@ def extract(
     workers: int = 2,
     device: str = "auto",
     precision: Precision = "fp32",
+    store: Store = "fp32",
     cache: Path | None = None,
 ) -> dict[str, Features]:
-    """Features of every sample, by layer; the network runs once, and only for layers that the cache lacks.
+    """Features of every sample, by layer; the network runs once, and only for what the cache lacks.
+
+    Rows go to disk as they are computed, so memory does not grow with the data, and a command that was stopped goes on
+    where it was. In a process group each process computes its share of the batches, and all of them return the whole.
 
     Args:
         backbone: moved to `device`; its training flags are left as they were.
@@ -67,26 +72,36 @@ def extract(
         batch_size: images at a time; does not change the result.
         workers: processes that decode.
         device: "cuda", "cpu" or "auto".
-        precision: of the network; features are float32 in any case.
-        cache: folder of the cache; `None` keeps nothing.
+        precision: of the network.
+        store: of the numbers that are kept.
+        cache: folder of the cache; `None` uses a temporary file that is gone when the features are.
 
     Raises:
-        UserError: unknown layer, pooling that the network lacks, no such label, corrupt image, NaN features.
+        UserError: unknown layer, pooling that the network lacks, no such label, corrupt image, NaN features, full disk.
     """
     names = resolve_layers(backbone, layers, pool)
     target = pick_device(device)
     if target.type == "cpu":
         keep_freed_memory()
     y = None if label is None else torch.from_numpy(read_labels(shards, label))
-    files = _cache_files(cache, backbone, shards, names, pool, f"{precision} {target.type}") if cache else {}
-    found = {name: stored for name, file in files.items() if (stored := _read(file, len(shards))) is not None}
-    if missing := [name for name in names if name not in found]:
-        keys, computed = _compute(backbone.to(target), shards, missing, pool, precision, batch_size, workers)
-        for name, x in computed.items():
-            found[name] = Features(keys, x)
-            if name in files:
-                _write(files[name], found[name])
-    return {name: Features(found[name].keys, found[name].x, y) for name in names}
+    normalize = Normalize(backbone.preprocessing.mean, backbone.preprocessing.std).to(target)
+
+    def forward(images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        return _forward(backbone, normalize(images.to(target)), names, pool, precision)
+
+    work = Extraction(shards, backbone.preprocessing, forward, backbone.source, batch_size, workers)
+    files = {name: name if name == POOLED else f"{name}-{pool}" for name in names}
+    about = _about(backbone, shards, f"{precision} {target.type}", store)
+    with _folder(cache, about) as folder:
+        kept = FeatureStore(folder, len(shards), store)
+        if distributed.broadcast(kept.missing(files.values())):
+            backbone.to(target)
+            with kept.lock() if distributed.is_main() else nullcontext(), _evaluating(backbone):
+                missing = distributed.broadcast(kept.missing(files.values()))  # less, where another command was at it
+                if missing:
+                    fill(kept, {name: file for name, file in files.items() if file in missing}, work, about)
+        keys = kept.read_keys()
+        return {name: Features(keys, kept.read(file), y) for name, file in files.items()}
 
 
 def resolve_layers(backbone: Backbone, layers: Sequence[str], pool: Pool = "avg") -> list[str]:
@@ -121,42 +136,6 @@ def _has_class_token(backbone: Backbone) -> bool:
     return getattr(backbone.model, "cls_token", None) is not None and "return_prefix_tokens" in parameters
 
 
-def _compute(
-    backbone: Backbone,
-    shards: ShardSet,
-    names: Sequence[str],
-    pool: Pool,
-    precision: Precision,
-    batch_size: int,
-    workers: int,
-) -> tuple[list[str], dict[str, Tensor]]:
-    """Keys and, by layer, (N, D)."""
-    device = next(backbone.parameters()).device
-    preprocessing = backbone.preprocessing
-    normalize = Normalize(preprocessing.mean, preprocessing.std).to(device)
-    batches = eval_batches(shards, eval_transform(preprocessing), batch_size=batch_size, workers=workers, label=None)
-    training = [module for module in backbone.modules() if module.training]
-    keys: list[str] = []
-    x: dict[str, Tensor] = {}
-    backbone.eval()
-    try:
-        with progress(f"features of {shards.split}", len(shards)) as ticker:
-            for batch in batches:
-                images = normalize(batch["image"].to(device))
-                for name, rows in _forward(backbone, images, names, pool, precision).items():
-                    if not rows.isfinite().all():
-                        raise UserError(f"layer {name} of {backbone.source} gives NaN or infinity; is it trained well?")
-                    if name not in x:
-                        x[name] = torch.empty(len(shards), rows.shape[1])
-                    x[name][len(keys) : len(keys) + len(rows)] = rows
-                keys += batch["key"]
-                ticker.advance(len(images))
-    finally:
-        for module in training:
-            module.training = True
-    return keys, x
-
-
 @torch.inference_mode()
 def _forward(
     backbone: Backbone, images: Tensor, names: Sequence[str], pool: Pool, precision: Precision
@@ -180,41 +159,44 @@ def _forward(
     return {name: value.cpu() for name, value in rows.items()}
 
 
-def _cache_files(
-    cache: Path, backbone: Backbone, shards: ShardSet, names: Sequence[str], pool: Pool, arithmetic: str
-) -> dict[str, Path]:
-    """Where each layer's features are kept: named by a hash of everything that they depend on."""
-    shared = {
+@contextmanager
+def _evaluating(backbone: Backbone) -> Iterator[None]:
+    """Evaluation mode for a while, whatever mode each module is in."""
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _folder(cache: Path | None, about: Mapping[str, Any]) -> Iterator[Path]:
+    """Where the features are kept: named by a hash of everything that they depend on, or for this command alone."""
+    if cache is not None:
+        yield cache / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+        return
+    folder = Path(
+        distributed.broadcast(tempfile.mkdtemp(prefix="convscope-features-") if distributed.is_main() else "")
+    )
+    try:
+        yield folder
+        distributed.barrier()  # maps outlive the folder, but all have to have been made
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _about(backbone: Backbone, shards: ShardSet, arithmetic: str, store: Store) -> dict[str, Any]:
+    """Everything that features depend on but the layer and its pooling."""
+    return {
         "version": CACHE_VERSION,
         "versions": versions(),
+        "arch": backbone.arch,
         "weights": backbone.weights_hash(),
         "preprocessing": asdict(backbone.preprocessing),
-        "data": [shards.fingerprint, shards.split],
+        "data": {"fingerprint": shards.fingerprint, "split": shards.split, "count": len(shards)},
         "arithmetic": arithmetic,
+        "store": store,
     }
-    files = {}
-    for name in names:
-        described = json.dumps({**shared, "layer": name, "pool": name != POOLED and pool}, sort_keys=True)
-        files[name] = cache / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.safetensors"
-    return files
-
-
-def _write(file: Path, features: Features) -> None:
-    keys = torch.frombuffer(bytearray(json.dumps(features.keys).encode()), dtype=torch.uint8)
-    write_bytes(file, save({"x": features.x, "keys": keys}))
-
-
-def _read(file: Path, count: int) -> Features | None:
-    """Cached features, or `None` where there are none, or none that are whole."""
-    if not file.is_file():
-        return None
-    try:
-        stored: Mapping[str, Tensor] = load_file(file)
-        features = Features(json.loads(stored["keys"].numpy().tobytes()), stored["x"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        info(f"note: cached features {file} cannot be read ({error}); they are computed anew")
-        return None
-    if len(features.keys) != count or len(features.x) != count:
-        info(f"note: cached features {file} are of another data set; they are computed anew")
-        return None
-    return features

@@ -183,9 +183,10 @@ def _test(
 ) -> EvalResult:
     assert isinstance(trained, Classification)
     hits = predict(trained, test, data.normalize, config.label, workers=config.train.workers)
-    figures = {"top1": bootstrap(hits[:, 0], seed=config.train.seed)}
+    samples = {"top1": hits[:, 0].astype(bool)}
     if trained.head.out_features > 5:
-        figures["top5"] = bootstrap(hits[:, 1], seed=config.train.seed)
+        samples["top5"] = hits[:, 1].astype(bool)
+    figures = {name: bootstrap(each, seed=config.train.seed) for name, each in samples.items()}
     figures["train_images"] = Figure(float(len(data)))
     return EvalResult(
         task="fine-tune",
@@ -201,6 +202,7 @@ def _test(
         figures=figures,
         details={"settings": to_dict(config)},
         seed=config.train.seed,
+        samples=samples,
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
-from convscope.core.results import EvalResult, Figure
+from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.common import (
     FrozenFeatures,
     accuracies,
     extract_both,
     figures_by_layer,
     frozen_result,
+    hits_of,
     labelled,
     open_both,
     percent,
@@ -35,6 +36,8 @@ TASK = "knn"
 PROTOCOL = "dino-vote/1"
 HEADLINE = 20  # the k that is reported first, fixed beforehand: the best k of a table is chosen on the test set
 SCORES = 2**27  # held at a time
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +73,21 @@ class Knn:
     by_k: Mapping[int, Mapping[str, Figure]]
     headline: int
     details: Mapping[str, Any]
+    hits_by_k: Mapping[int, Samples] = dataclasses.field(compare=False, repr=False)  # what accuracies are means of
 
     @property
     def figures(self) -> dict[str, Figure]:
         """`top1` and `top5` at the headline's k, then `top1 k=10` and so on at the others."""
-        others = [k for k in self.by_k if k != self.headline]
-        named = {f"{name} k={k}": figure for k in others for name, figure in self.by_k[k].items()}
-        return {**self.by_k[self.headline], **named}
+        return self._named(self.by_k)
+
+    @property
+    def samples(self) -> Samples:
+        """Hits of the same names."""
+        return self._named(self.hits_by_k)
+
+    def _named(self, by_k: Mapping[int, Mapping[str, T]]) -> dict[str, T]:
+        others = [k for k in by_k if k != self.headline]
+        return {**by_k[self.headline], **{f"{name} k={k}": each for k in others for name, each in by_k[k].items()}}
 
 
 def run(config: KnnCommand) -> None:
@@ -106,7 +117,16 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: KnnCom
     figures = figures_by_layer({layer: vote.figures for layer, vote in votes.items()})
     details = {"layers": {layer: vote.details for layer, vote in votes.items()}}
     return frozen_result(
-        backbone, train, test, config, task=TASK, protocol=PROTOCOL, figures=figures, details=details, seed=config.seed
+        backbone,
+        train,
+        test,
+        config,
+        task=TASK,
+        protocol=PROTOCOL,
+        figures=figures,
+        details=details,
+        seed=config.seed,
+        samples=figures_by_layer({layer: vote.samples for layer, vote in votes.items()}),
     )
 
 
@@ -134,7 +154,7 @@ def knn(train: Features, test: Features, config: KnnConfig) -> Knn:
         "dimensions": part.train_x.shape[1],
         "classes": part.classes,
     }
-    return Knn(by_k, headline, details)
+    return Knn(by_k, headline, details, {k: hits_of(ranks[k], part.classes) for k in ks})
 
 
 def vote_ranks(

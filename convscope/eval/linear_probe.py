@@ -13,7 +13,7 @@ from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
-from convscope.core.results import EvalResult, Figure
+from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
@@ -21,6 +21,7 @@ from convscope.eval.common import (
     accuracies,
     extract_both,
     frozen_result,
+    hits_of,
     labelled,
     open_both,
     percent,
@@ -87,6 +88,7 @@ class LinearProbe:
     figures: Mapping[str, Figure]
     holdout: tuple[float, float]  # accuracy, minus cross-entropy: the larger pair is the better head
     details: Mapping[str, Any]
+    samples: Samples = dataclasses.field(compare=False, repr=False)  # of the figures
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,16 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: Linear
     }
     figures = probes[best].figures
     return frozen_result(
-        backbone, train, test, config, task=TASK, protocol=PROTOCOL, figures=figures, details=details, seed=config.seed
+        backbone,
+        train,
+        test,
+        config,
+        task=TASK,
+        protocol=PROTOCOL,
+        figures=figures,
+        details=details,
+        seed=config.seed,
+        samples=probes[best].samples,
     )
 
 
@@ -161,7 +172,7 @@ def linear_probe(train: Features, test: Features, config: LinearProbeConfig) -> 
     """
     device = pick_device(config.device)
     part = labelled(train, test)
-    x, y = part.train_x.to(device), part.train_y.to(device)
+    x, y = part.train_x.to(device).float(), part.train_y.to(device)
     fitted, held = (index.to(device) for index in holdout_split(part.train_y, config.seed))
     heads = fit_heads(x[fitted], y[fitted], part.classes, config.grid, config)
     scores = score_heads(heads, x[held], y[held])
@@ -171,7 +182,8 @@ def linear_probe(train: Features, test: Features, config: LinearProbeConfig) -> 
     chosen = heads.only(best)
     if config.refit:
         chosen = fit_heads(x, y, part.classes, config.grid[best : best + 1], config)
-    figures = _test(chosen, part, config.seed)
+    rank = _test(chosen, part)
+    figures = accuracies(rank, part.classes, config.seed)
     lr, weight_decay = config.grid[best]
     details = {
         "test": {name: dataclasses.asdict(figure) for name, figure in figures.items()},
@@ -185,7 +197,7 @@ def linear_probe(train: Features, test: Features, config: LinearProbeConfig) -> 
         "dimensions": x.shape[1],
         "classes": part.classes,
     }
-    return LinearProbe(figures, scores[best], details)
+    return LinearProbe(figures, scores[best], details, hits_of(rank, part.classes))
 
 
 def holdout_split(y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -268,8 +280,9 @@ def _logits(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (z @ weight.flatten(1)).view(len(z), *bias.shape) + bias
 
 
-def _test(head: Heads, part: Labelled, seed: int) -> dict[str, Figure]:
+def _test(head: Heads, part: Labelled) -> Tensor:
+    """How many classes precede the true one, (N,)."""
     device = head.weight.device
     chunks = zip(torch.split(part.test_x, CHUNK), torch.split(part.test_y, CHUNK))
-    ranks = [rank_of_truth(head.logits(x.to(device))[..., 0], y.to(device)).cpu() for x, y in chunks]
-    return accuracies(torch.cat(ranks), part.classes, seed)
+    ranks = [rank_of_truth(head.logits(x.to(device).float())[..., 0], y.to(device)).cpu() for x, y in chunks]
+    return torch.cat(ranks)

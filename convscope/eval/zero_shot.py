@@ -21,12 +21,13 @@ from convscope.core.results import EvalResult, save_result
 from convscope.eval.common import (
     EvalSettings,
     accuracies,
-    default_output,
+    hits_of,
     percent,
     print_table,
     rank_of_truth,
     require_at_least,
 )
+from convscope.eval.output import default_output
 
 TASK = "zero-shot"
 PROTOCOL = "zero-shot/1"
@@ -68,7 +69,7 @@ def run(config: ZeroShotCommand) -> None:
     result = zero_shot(config)
     rows = [[name, percent(figure)] for name, figure in result.figures.items()]
     print_table(f"{TASK} {config.model}", ["figure", "value"], rows)
-    path = config.output or default_output(config.model, str(result.model["arch"]), TASK)
+    path = config.output or default_output(config.model, str(result.model["arch"]), TASK, result.data)
     save_result(path, result)
     info(f"{TASK}: wrote {path}")
 
@@ -93,6 +94,7 @@ def zero_shot(config: ZeroShotCommand) -> EvalResult:
     pair.to(device)
     classes = embed_classes(pair, names, templates, bf16=bf16)
     images = embed_images(pair, shards, batch_size=config.batch_size, workers=config.workers, bf16=bf16)
+    ranks = rank_of_truth(images @ classes.T, labels)
     return EvalResult(
         task=TASK,
         protocol=PROTOCOL,
@@ -103,7 +105,8 @@ def zero_shot(config: ZeroShotCommand) -> EvalResult:
             "label": config.label,
         },
         preprocessing=asdict(pair.preprocessing),
-        figures=accuracies(rank_of_truth(images @ classes.T, labels), len(names), config.seed),
+        figures=accuracies(ranks, len(names), config.seed),
+        samples=hits_of(ranks, len(names)),
         details={"classes": names, "templates": templates, "precision": config.precision},
         seed=config.seed,
     )

@@ -1,38 +1,55 @@
-"""`convscope report`: runs and results side by side, as one HTML file and as Markdown or CSV."""
+"""`convscope report`: runs and results side by side, as one HTML file and as Markdown, CSV or LaTeX."""
 
-import csv
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from convscope.core.errors import UserError
+from convscope.core.files import write_bytes
 from convscope.core.log import info
+from convscope.core.results import load_samples
 from convscope.plots.curves import draw_loss
-from convscope.report.compare import Row, comparison, differences, flatten, model_name
+from convscope.report.compare import (
+    Row,
+    cautions,
+    comparison,
+    differences,
+    flatten,
+    model_name,
+    paired,
+    paired_table,
+)
 from convscope.report.html import Image, KeyValues, Part, Section, Text, write_report
 from convscope.report.sources import RunFiles, read_run
-from convscope.report.tables import Table, markdown
+from convscope.report.tables import Table
+from convscope.report.texts import FORMATS, Tasks
+
+SUFFIXES = {".html": "html", ".htm": "html", ".md": "markdown", ".csv": "csv", ".tex": "latex"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportCommand:
-    """Compare runs: results with their intervals, loss curves, pictures."""
+    """Compare runs: results with their intervals, paired differences, loss curves, pictures."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories, results folders or result files."""
-    output: Path = Path("report.html")
-    """The HTML file to write."""
+    output: tuple[Path, ...] = (Path("report.html"),)
+    """Files to write: .html is the page; .md, .csv and .tex have the tables."""
     title: str = "Comparison of runs"
     """Heading of the page."""
-    csv: bool = False
-    """Print CSV (one line a figure) rather than Markdown."""
+    format: Literal["markdown", "csv", "latex"] = "markdown"
+    """How the tables are printed; csv has one line a figure, latex needs the package booktabs."""
+
+    def __post_init__(self) -> None:
+        if unknown := [path for path in self.output if path.suffix not in SUFFIXES]:
+            raise UserError(f"--output {unknown[0]}: a report is written to .html, .md, .csv or .tex")
 
 
 def run(config: ReportCommand) -> None:
-    """Write the page and print the tables.
+    """Write the files and print the tables.
 
     Raises:
         UserError: nothing given, or a file that is missing or malformed.
@@ -41,30 +58,38 @@ def run(config: ReportCommand) -> None:
         raise UserError("report: give at least one run directory, results folder or result file")
     runs = [read_run(path) for path in dict.fromkeys(config.runs)]
     tasks = by_task(runs)
-    notes = [line for rows in tasks.values() for line in differences(rows)]
-    write_report(config.output, config.title, [_overview(runs, tasks, notes), *map(_run_section, runs)])
-    if config.csv:
-        _print_csv(tasks)
-    else:
-        for task, rows in tasks.items():
-            print(f"\n{task}\n\n{markdown(comparison(rows))}")
-    for line in notes:
+    for path in config.output:
+        kind = SUFFIXES[path.suffix]
+        if kind == "html":
+            write_report(path, config.title, [_overview(runs, tasks), *map(_run_section, runs)])
+        else:
+            write_bytes(path, FORMATS[kind](tasks).encode())
+    print(FORMATS[config.format](tasks), end="")
+    for line in notes(tasks):
         info(f"note: {line}")
-    info(f"report: {config.output}")
+    info(f"report: {', '.join(map(str, config.output))}")
 
 
-def by_task(runs: Sequence[RunFiles]) -> dict[str, list[Row]]:
-    """Every result of every run, grouped by task."""
+def by_task(runs: Sequence[RunFiles]) -> Tasks:
+    """Every result of every run, grouped by task; a run with several of one task is named with the file's name."""
     tasks: dict[str, list[Row]] = {}
     for each in runs:
-        for result in each.results.values():
-            tasks.setdefault(result.task, []).append(Row(each.label, result))
+        of_task = [result.task for result in each.results.values()]
+        for path, result in each.results.items():
+            name = each.label if of_task.count(result.task) == 1 else f"{each.label} ({path.stem})"
+            tasks.setdefault(result.task, []).append(Row(name, result, load_samples(path, result)))
     return tasks
 
 
-def _overview(runs: Sequence[RunFiles], tasks: dict[str, list[Row]], notes: Sequence[str]) -> Section:
-    parts: list[Part] = [Text(line, warning=True) for line in notes]
-    parts += [comparison(rows) for rows in tasks.values()]
+def notes(tasks: Tasks) -> list[str]:
+    """What has to be known before figures are compared."""
+    return [line for rows in tasks.values() for line in (*differences(rows), *cautions(rows))]
+
+
+def _overview(runs: Sequence[RunFiles], tasks: Tasks) -> Section:
+    parts: list[Part] = [Text(line, warning=True) for line in notes(tasks)]
+    for rows in tasks.values():
+        parts += [comparison(rows), *(paired_table(found) for found in [paired(rows)] if found)]
     curves = {each.label: each.loss for each in runs if each.loss is not None}
     if len(curves) > 1:
         parts.append(Image(draw_loss(curves).render("svg"), "Pretraining loss.", f"Loss curves of {', '.join(curves)}"))
@@ -101,13 +126,3 @@ def _picture(path: Path) -> Image:
         return Image(path.read_bytes(), path.name, f"Plot {path.stem}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _print_csv(tasks: dict[str, list[Row]]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["task", "run", "model", "figure", "value", "low", "high", "n"])
-    for task, rows in tasks.items():
-        for row in rows:
-            for name, figure in row.result.figures.items():
-                values = (figure.value, figure.low, figure.high, figure.n)
-                writer.writerow([task, row.run, model_name(row.result), name, *values])

@@ -15,12 +15,14 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
+    best: frozenset[tuple[int, int]] = frozenset()  # (row, column) of the cells that stand out
 
     def transposed(self) -> "Table":
         """The same table with rows and columns swapped; the first column becomes the header."""
         columns = list(zip(*self.rows))
         header = [self.header[0], *(shown(cell) for cell in columns[0])]
-        return Table(header, [[name, *column] for name, column in zip(self.header[1:], columns[1:])], self.caption)
+        rows = [[name, *column] for name, column in zip(self.header[1:], columns[1:])]
+        return Table(header, rows, self.caption, frozenset((column - 1, row + 1) for row, column in self.best))
 
 
 def number(value: float) -> str:
@@ -48,7 +50,9 @@ def shown(cell: Cell) -> str:
 
 def markdown(table: Table) -> str:
     """A table as GitHub-flavoured Markdown, padded so that it reads in a terminal too."""
-    lines = [list(table.header), *([shown(cell) for cell in row] for row in table.rows)]
+    lines = [list(table.header)]
+    for r, row in enumerate(table.rows):
+        lines.append([f"**{shown(cell)}**" if (r, c) in table.best else shown(cell) for c, cell in enumerate(row)])
     lines = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in lines]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(table.header))]
     drawn = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in lines]

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def test_bfloat16_is_near_float32(small_shards: str) -> None:
 
 
 def files(folder: Path) -> set[Path]:
-    return set(folder.glob("*.safetensors"))
+    return set(folder.glob("**/*.npy"))
 
 
 def test_cache_serves_any_label_and_computes_only_missing_layers(small_shards: str, tmp_path: Path) -> None:
@@ -132,11 +133,11 @@ def test_cache_serves_any_label_and_computes_only_missing_layers(small_shards: s
     first = run(backbone, small_shards, tmp_path, layers=["layer1"], batch_size=12)
     (kept,) = files(tmp_path)
     written = kept.stat().st_mtime_ns
-    assert len(passes) == 1
+    assert len(passes) == 2  # of one blank image, whose features are measured, and of all images
     run(backbone, small_shards, tmp_path, layers=["layer1"])
-    assert len(passes) == 1
-    both = run(backbone, small_shards, tmp_path, layers=["layer1", "pooled"], label="parity", batch_size=12)
     assert len(passes) == 2
+    both = run(backbone, small_shards, tmp_path, layers=["layer1", "pooled"], label="parity", batch_size=12)
+    assert len(passes) == 4
     assert kept.stat().st_mtime_ns == written
     assert len(files(tmp_path)) == 2
     assert torch.equal(both["layer1"].x, first["layer1"].x)
@@ -144,7 +145,7 @@ def test_cache_serves_any_label_and_computes_only_missing_layers(small_shards: s
     assert both["pooled"].y is not None
     assert both["pooled"].y.tolist() == [i % 2 for i in range(12)]
     assert run(backbone, small_shards, tmp_path, label=None)["pooled"].y is None
-    assert len(passes) == 2
+    assert len(passes) == 4
 
 
 def test_cache_tells_apart_what_changes_features(small_shards: str, tmp_path: Path) -> None:
@@ -169,35 +170,67 @@ def test_cache_tells_apart_what_changes_features(small_shards: str, tmp_path: Pa
     assert len(files(tmp_path)) == count + 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "short", "keys"])
-def test_a_damaged_cache_file_is_computed_anew(damage: str, small_shards: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "short", "keys"])
+def test_a_damaged_cache_file_is_computed_anew(
+    damage: str, small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     backbone = resnet()
     first = run(backbone, small_shards, tmp_path)["pooled"]
+    before = first.x.clone()  # the map would show the damage
     (kept,) = files(tmp_path)
-    whole = kept.read_bytes()
-    stored = load_file(kept)
+    whole, keys = kept.read_bytes(), kept.with_name("keys.json")
     if damage == "truncated":
         kept.write_bytes(whole[:-100])
     elif damage == "foreign":
-        kept.write_bytes(b"not a safetensors file")
+        kept.write_bytes(b"not an array of numbers")
+    elif damage == "empty":
+        kept.write_bytes(b"")
     elif damage == "short":
-        save_file({**stored, "x": stored["x"][:3].clone()}, kept)
+        np.save(kept, np.load(kept)[:3])
     else:
-        save_file({"x": stored["x"], "keys": stored["keys"][:-1].clone()}, kept)
+        keys.write_text(keys.read_text()[:-1])
     again = run(backbone, small_shards, tmp_path)["pooled"]
-    assert torch.equal(again.x, first.x)
+    assert torch.equal(again.x, before)
+    assert again.keys == first.keys
     assert kept.read_bytes() == whole
+    assert ("computed anew" in capsys.readouterr().err) == (damage != "keys")
+    assert list(kept.parent.glob("*.part")) == list(kept.parent.glob("*.done")) == []
 
 
 def test_features_that_are_no_numbers_are_told(small_shards: str, tmp_path: Path) -> None:
     backbone = resnet().train()
     backbone.model.layer3[0].conv1.weight.data[0] = float("inf")
-    with pytest.raises(UserError, match=r"layer3.*NaN or infinity"):
+    with pytest.raises(UserError, match=r"layer3 of .* gives NaN or infinity for sample 00000000"):
         run(backbone, small_shards, tmp_path, layers=["layer2", "layer3"])
-    assert files(tmp_path) == set()
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == [".lock", "about.json"]
     assert backbone.model.layer1.training
+
+
+def test_the_first_sample_without_numbers_is_named(small_shards: str) -> None:
+    backbone, batches = resnet(), []
+
+    def spoil(module: object, given: object, out: Tensor) -> Tensor:
+        batches.append(len(out))
+        if batches == [1, 5, 5]:  # a blank image, five, five
+            out[2] = torch.nan
+        return out
+
+    backbone.model.layer1.register_forward_hook(spoil)
+    with pytest.raises(UserError, match=r"layer layer1 of .* for sample 00000007; is it trained well"):
+        run(backbone, small_shards, layers=["layer1", "pooled"])
+
+
+def test_half_precision_keeps_rounded_numbers_or_refuses(small_shards: str, tmp_path: Path) -> None:
+    backbone = resnet()
+    exact = run(backbone, small_shards, tmp_path)["pooled"].x
+    half = run(backbone, small_shards, tmp_path, store="fp16")["pooled"].x
+    assert half.dtype == torch.float16
+    assert torch.equal(half, exact.half())
+    assert len(files(tmp_path)) == 2  # one of each
+    backbone.model.global_pool.register_forward_hook(lambda *given: given[-1] * 1e6)
+    with pytest.raises(UserError, match=r"for sample 00000000, more than fp16 holds \(65504\); use --store fp32"):
+        run(backbone, small_shards, store="fp16")
+    assert run(backbone, small_shards)["pooled"].x.max() > 65504
 
 
 def test_a_missing_label_is_told(small_shards: str) -> None:

@@ -14,7 +14,7 @@ from convscope.core.data.shard_set import open_shards
 from convscope.core.data.transforms import Normalize
 from convscope.core.errors import UserError
 from convscope.core.models import load_backbone, untrained_twin
-from convscope.core.results import load_result
+from convscope.core.results import load_result, load_samples
 from convscope.core.training.config import TrainConfig
 from convscope.eval.classification import Classification
 from convscope.eval.fine_tune import FineTuneCommand, default_optimization, fine_tune, predict, run
@@ -49,6 +49,7 @@ def test_it_learns_what_colour_tells(small_shards: str, tmp_path: Path, capsys: 
     result = load_result(tmp_path / "run" / "results" / "fine-tune.json")
     assert result.figures["top1"].value == 1.0
     assert result.figures["top1"].n == 12
+    assert load_samples(tmp_path / "run" / "results" / "fine-tune.json", result)["top1"].tolist() == [True] * 12
     assert result.figures["train_images"].value == 32
     assert "top5" not in result.figures  # of four classes
     assert capsys.readouterr().out == "top-1 100.00 % [100.00, 100.00]\n"

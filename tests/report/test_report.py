@@ -121,7 +121,7 @@ def test_svg_is_embedded_and_other_bytes_are_refused(tmp_path: Path) -> None:
 def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = (make_run(tmp_path / "one", 0.5), make_run(tmp_path / "two", 0.7))
     (tmp_path / "one" / "results" / "knn.png").write_bytes(picture())
-    run(ReportCommand(runs=runs, output=tmp_path / "out.html"))
+    run(ReportCommand(runs=runs, output=(tmp_path / "out.html",)))
     page = Page((tmp_path / "out.html").read_text())
     printed = capsys.readouterr()
     assert "0.700 [0.600, 0.800]" in printed.out
@@ -132,7 +132,7 @@ def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_csv_has_one_line_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "one", 0.5)
-    run(ReportCommand(runs=(folder,), output=tmp_path / "out.html", csv=True))
+    run(ReportCommand(runs=(folder,), output=(tmp_path / "out.html",), format="csv"))
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(r["task"], r["figure"], float(r["value"]), float(r["low"]), r["n"]) for r in rows] == [
         ("knn", "accuracy", 0.5, 0.4, "100")
@@ -149,7 +149,7 @@ def test_csv_has_one_line_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture
 )
 def test_what_cannot_be_compared_is_said(tmp_path: Path, change: dict[str, object], subject: str) -> None:
     runs = (make_run(tmp_path / "one"), make_run(tmp_path / "two", 0.5, **change))
-    run(ReportCommand(runs=runs, output=tmp_path / "out.html"))
+    run(ReportCommand(runs=runs, output=(tmp_path / "out.html",)))
     assert f"{subject} differs, so these rows are not comparable" in Page((tmp_path / "out.html").read_text()).text
 
 
@@ -218,7 +218,7 @@ def test_malformed_results_are_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "knn.json").write_text(content)
     with pytest.raises(UserError, match=r"knn\.json") as caught:
-        run(ReportCommand(runs=(tmp_path,), output=tmp_path / "out.html"))
+        run(ReportCommand(runs=(tmp_path,), output=(tmp_path / "out.html",)))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.html").exists()
 
@@ -226,7 +226,7 @@ def test_malformed_results_are_one_line(tmp_path: Path, content: str) -> None:
 def test_missing_and_empty_places_are_told(tmp_path: Path) -> None:
     for runs, message in (((), "at least one"), ((tmp_path / "no",), "does not exist"), ((tmp_path,), "neither")):
         with pytest.raises(UserError, match=message):
-            run(ReportCommand(runs=runs, output=tmp_path / "out.html"))
+            run(ReportCommand(runs=runs, output=(tmp_path / "out.html",)))
 
 
 def test_a_result_file_and_a_folder_of_results_can_be_given(tmp_path: Path) -> None:
@@ -234,6 +234,6 @@ def test_a_result_file_and_a_folder_of_results_can_be_given(tmp_path: Path) -> N
     other = dataclasses.replace(result("erf"), figures={"area at 50%": Figure(0.1)})
     save_result(tmp_path / "one" / "results" / "erf.json", other)
     for given, tasks in ((folder / "results" / "knn.json", {"knn"}), (folder / "results", {"knn", "erf"})):
-        run(ReportCommand(runs=(given,), output=tmp_path / "out.html"))
+        run(ReportCommand(runs=(given,), output=(tmp_path / "out.html",)))
         text = Page((tmp_path / "out.html").read_text()).text
         assert {task for task in ("knn", "erf") if f"{task} of" in text} == tasks
