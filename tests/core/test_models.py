@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convscope.core.backbone import Backbone, Preprocessing, create_backbone
-from convscope.core.checkpoint_layouts import match_weights
 from convscope.core.errors import UserError
 from convscope.core.models import load_backbone, model_record, save_backbone, untrained_twin
+from convscope.core.weights_match import match_weights
 
 RESNET = {"layers": (1, 1, 1, 1), "channels": (4, 8, 16, 32)}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (4, 8, 12, 16)}
@@ -360,10 +360,16 @@ def test_untrained_twin_differs_in_weights_only():
         ("timm:resnet18@random", "resnet50", "leave --arch resnet50 out"),
         ("timm:no_such_network@random", None, "timm knows no architecture"),
         ("timm:", None, "timm knows no architecture"),
-        ("open_clip:ViT-B-32/laion2b", None, "open_clip: models are not supported yet"),
-        ("hf-hub:timm/resnet18", None, "hf-hub: models are not supported yet"),
-        ("no/such/run", None, "neither a run, nor a weights file, nor timm:NAME"),
-        ("no/such/weights.pth", "resnet18", "neither a run, nor a weights file, nor timm:NAME"),
+        ("open_clip:ViT-B-32/laion2b", None, "name weights after a slash, a file or one of openai, "),
+        ("open_clip:no-model/laion2b", None, "open_clip has no model 'no-model'"),
+        ("open_clip:ViT-B-32/openai", "resnet50", "leave --arch resnet50 out"),
+        (
+            "local-dir:no/such/folder",
+            None,
+            "cannot load local-dir:no/such/folder as a timm model: Config file not found",
+        ),
+        ("no/such/run", None, "it is none of a run, a weights file, timm:NAME"),
+        ("no/such/weights.pth", "resnet18", "it is none of a run, a weights file, timm:NAME"),
     ],
 )
 def test_bad_source_is_one_line(source: str, arch: str | None, message: str):
@@ -468,6 +474,9 @@ def truncated_safetensors(path: Path, state: State) -> None:
 
 
 BROKEN = {
+    "page.pth": lambda path, state: path.write_text("\n<!DOCTYPE html><html><body>404: not found</body></html>"),
+    "page.safetensors": lambda path, state: path.write_text("<html>Too many requests</html>"),
+    "pointer.pth": lambda path, state: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     "truncated.pth": truncated,
     "truncated.safetensors": truncated_safetensors,
     "empty.pth": lambda path, state: path.write_bytes(b""),
@@ -487,6 +496,22 @@ def test_file_that_is_no_checkpoint_is_one_line(name: str, resnet: State, tmp_pa
     with pytest.raises(UserError, match=name) as error:
         load_backbone(str(path), arch="resnet50", model_args=RESNET)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("page.pth", "is a web page, not weights: its download failed"),
+        ("page.safetensors", "is a web page, not weights: its download failed"),
+        ("pointer.pth", "is a pointer of Git LFS"),
+        ("truncated.pth", "is truncated: its end is missing"),
+        ("empty.pth", "is empty"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_told_apart(name: str, message: str, resnet: State, tmp_path: Path):
+    BROKEN[name](tmp_path / name, resnet)
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(tmp_path / name), arch="resnet50", model_args=RESNET)
 
 
 def test_folder_that_is_no_run(tmp_path: Path):
@@ -520,4 +545,4 @@ def test_network_with_attributes_named_like_wrappers_is_matched_plainly():
     network = Nested()
     match = match_weights(dict(network.state_dict()), network)
     assert match.complete
-    assert match.layout == "plain"
+    assert match.layout.name == "plain"
