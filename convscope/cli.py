@@ -65,6 +65,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("eval", "fine-tune"): Command(
         "convscope.eval.fine_tune", "FineTuneCommand", "train the whole network on all or a few labels"
     ),
+    ("eval", "info"): Command(
+        "convscope.eval.info", "InfoCommand", "what a checkpoint was recognised as: layout, architecture, preprocessing"
+    ),
     ("analyze", "erf"): Command("convscope.analysis.erf_command", "ErfCommand", "effective receptive fields"),
     ("export", "backbone"): Command(
         "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"

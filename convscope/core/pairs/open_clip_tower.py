@@ -87,11 +87,13 @@ def _transformer(visual: Any) -> tuple[str, dict[str, Any]]:
     blocks = visual.transformer.resblocks
     width, size, patch = visual.conv1.out_channels, visual.image_size, visual.patch_size
     activation = "quickgelu_" if isinstance(blocks[0].mlp.gelu, QuickGELU) else ""
+    pooling = {"global_pool": "avg", "fc_norm": False} if visual.pool_type == "avg" else {}
     known = TRANSFORMERS.get((width, len(blocks)))
     architecture = f"vit_{known}_patch{patch[0]}_clip_{activation}{size[0]}"
     if is_model(architecture):
-        return architecture, {}
+        return architecture, pooling
     arguments = {
+        **pooling,
         "img_size": size,
         "patch_size": patch[0],
         "embed_dim": width,
