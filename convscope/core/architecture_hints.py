@@ -59,15 +59,13 @@ def implied_args(match: Match, network: nn.Module, given: Mapping[str, Any]) -> 
     """Arguments under which the architecture is the one that these weights were trained with.
 
     Shapes alone do not always tell: an image size (positions would be resampled), the norm after the pooling of
-    fine-tuned MAE, the heads of MoCo v3's ViT-S, the padding of solo-learn's stem for small images.
+    fine-tuned MAE, the heads of MoCo v3's ViT-S.
     """
     implied: dict[str, Any] = {}
     if "fc_norm.weight" in match.left_over and "norm.weight" in match.missing and hasattr(network, "fc_norm"):
         implied["global_pool"] = "avg"
     if match.layout.name == "MoCo v3" and getattr(network, "embed_dim", 0) == MOCO_SMALL["width"]:
         implied["num_heads"] = MOCO_SMALL["heads"]
-    if match.layout.name == "solo-learn" and hasattr(network, "stem_padding"):
-        implied["stem_padding"] = 2
     if size := _image_size(match.selected, network):
         implied["img_size"] = size
     return {key: value for key, value in implied.items() if key not in given}

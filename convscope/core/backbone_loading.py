@@ -12,6 +12,7 @@ from convscope.core.architecture_hints import implied_args
 from convscope.core.backbone import Backbone, Origin, Preprocessing, create_backbone
 from convscope.core.errors import UserError
 from convscope.core.log import info
+from convscope.core.torchvision_names import published_preprocessing
 from convscope.core.weights_file import State, WeightsFile, first_names
 from convscope.core.weights_match import Match, match_weights
 
@@ -39,6 +40,7 @@ def load_weights(
     """
     backbone, match, implied = fit(file.state, recipe.architecture, {**recipe.model_args, **given})
     _require_fit(match, backbone.arch, file.path, recipe, allow_partial)
+    _require_padding(match, backbone, file.path)
     backbone.model.load_state_dict(match.weights, strict=False)
     backbone.source, backbone.matched, backbone.absent = source, match.share, tuple(match.absent)
     backbone.preprocessing, prepared_by = _preprocessing(backbone, match, file.path, recipe)
@@ -101,6 +103,16 @@ def _require_fit(match: Match, arch: str, path: Path, recipe: Recipe, allow_part
         raise UserError(f"{path}: {len(broken)} weights hold NaN or infinity, the first is {broken[0]}")
 
 
+def _require_padding(match: Match, backbone: Backbone, path: Path) -> None:
+    """A backbone beside a classifier may be solo-learn's, and shapes do not tell how its small stem pads."""
+    small_stem = match.layout.name == "solo-learn" and hasattr(backbone.model, "stem_padding")
+    if small_stem and "stem_padding" not in backbone.model_args:
+        raise UserError(
+            f"{path} does not say how its 3x3 stem pads: pass --model-args stem_padding=2 for solo-learn's networks "
+            "(its args.json beside the file says so), or stem_padding=1"
+        )
+
+
 def _advice(match: Match) -> str:
     stem = match.selected.get("conv1.weight")
     if stem is not None and stem.shape[-1] == 3 and any(name.startswith("conv1.weight") for name in match.misshapen):
@@ -115,6 +127,8 @@ def _preprocessing(backbone: Backbone, match: Match, path: Path, recipe: Recipe)
     base = replace(backbone.preprocessing, size=recipe.size or backbone.preprocessing.size)
     if "." in backbone.arch:
         return base, f"timm's for {backbone.arch}"
+    if published := published_preprocessing(path.name):
+        return replace(published, size=backbone.preprocessing.size), "torchvision's for this file"
     layout = match.layout
     config = path.with_name(OPEN_CLIP_CONFIG)
     if layout.name.startswith("open_clip") and config.is_file():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from convscope.core.torchvision_names import convnext_names, swin_names, vit_names
 from convscope.core.weights_file import State
 
 NOTHING = r"(?!)"
@@ -132,6 +133,9 @@ LAYOUTS: tuple[Layout, ...] = (
     # timm's keys, which are torchvision's for ResNets. Of open_clip's towers timm would take the image tower, and lose
     # all others without a word.
     Layout(name="plain", lacks="visual."),
+    Layout(name="torchvision ViT", needs="encoder.pos_embedding", rename=vit_names, preprocessing=BILINEAR_256),
+    Layout(name="torchvision ConvNeXt", needs="features.1.0.layer_scale", rename=convnext_names),
+    Layout(name="torchvision Swin", needs="features.1.0.attn.relative_position_bias_table", rename=swin_names),
     Layout(name="convscope", prefix="backbone.model.", training=r"(?!backbone\.model\.)"),
     Layout(
         name="SparK",

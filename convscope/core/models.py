@@ -17,12 +17,12 @@ import timm
 from safetensors.torch import save
 
 from convscope.core.architecture_hints import published_name, stated_architecture
-from convscope.core.backbone import Backbone, ModelArgs, create_backbone, preprocessing_from
+from convscope.core.backbone import Backbone, ModelArgs, Preprocessing, create_backbone, preprocessing_from
 from convscope.core.backbone_loading import Recipe, load_weights
 from convscope.core.checkpoint import latest_checkpoint
 from convscope.core.config import from_dict, load_yaml, parse_assignments, to_dict
 from convscope.core.errors import UserError
-from convscope.core.files import write_bytes
+from convscope.core.files import read_json, write_bytes
 from convscope.core.weights_file import WeightsFile, read_weights
 
 EXPORT = "backbone.safetensors"
@@ -194,9 +194,16 @@ def _stated_recipe(file: WeightsFile) -> Recipe | None:
     return Recipe(
         architecture=settings["backbone"],
         model_args=arguments,
+        preprocessing=_preprocessing_of_run(config.with_name("environment.json")),
         size=tuple(size) if size else None,
         said_by="convscope's config.yaml",
     )
+
+
+def _preprocessing_of_run(file: Path) -> Preprocessing | None:
+    """What the run's images went through, which is not its architecture's where it started from other weights."""
+    stated = read_json(file).get("preprocessing") if file.is_file() else None
+    return None if stated is None else from_dict(Preprocessing, stated, str(file))
 
 
 def _recipe_in_metadata(path: Path, metadata: Mapping[str, str]) -> Recipe:

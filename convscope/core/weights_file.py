@@ -103,6 +103,16 @@ def _refuse_what_is_no_checkpoint(path: Path) -> None:
         raise UserError(f"{path} is a pointer of Git LFS, not weights; fetch the file itself with git lfs pull")
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is truncated: its end is missing; fetch it again")
+    if start.startswith(b"PK") and _is_torchscript(path):
+        raise UserError(
+            f"{path} is a TorchScript program, not weights: save torch.jit.load({path.name!r}).state_dict() where you "
+            "trust it, and pass that file"
+        )
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _load_untrusted(path: Path) -> dict[str, Any]:

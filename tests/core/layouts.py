@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -27,6 +28,11 @@ def network(arch: str, **model_args: Any) -> nn.Module:
             drawn = torch.randn(value.shape, generator=generator) * 0.2
             value.copy_(drawn.abs() + 0.5 if "running_var" in name or (value.ndim == 1 and "weight" in name) else drawn)
     return model
+
+
+def save(folder: Path, value: Any, name: str = "weights.pth") -> str:
+    torch.save(value, folder / name)
+    return str(folder / name)
 
 
 def prefixed(state: State, prefix: str) -> State:

@@ -28,12 +28,8 @@ from tests.core.layouts import (
     moco,
     network,
     prefixed,
+    save,
 )
-
-
-def save(folder: Path, value: Any, name: str = "weights.pth") -> str:
-    torch.save(value, folder / name)
-    return str(folder / name)
 
 
 def assert_equal(backbone: Backbone, expected: torch.nn.Module, size: int = 32) -> None:
@@ -139,8 +135,9 @@ def test_solo_learn_pads_its_small_stem_by_two(tmp_path: Path):
     layers = {"layers": (1, 1, 1, 1)}
     source, saved = solo_learn("resnet18_cifar", **layers, stem_padding=2)
     file = save(tmp_path, saved)
-    backbone = load_backbone(file, arch="resnet18_cifar", model_args=layers)
-    assert_equal(backbone, source)
+    with pytest.raises(UserError, match="does not say how its 3x3 stem pads: pass --model-args stem_padding=2"):
+        load_backbone(file, arch="resnet18_cifar", model_args=layers)
+    assert_equal(load_backbone(file, arch="resnet18_cifar", model_args={**layers, "stem_padding": 2}), source)
     settings = {"method": "simclr", "backbone": {"name": "resnet18"}, "data": {"dataset": "cifar100"}}
     (tmp_path / "args.json").write_text(json.dumps(settings))
     assert_equal(load_backbone(file, model_args=layers), source)

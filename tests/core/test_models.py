@@ -474,6 +474,7 @@ def truncated_safetensors(path: Path, state: State) -> None:
 
 
 BROKEN = {
+    "script.pt": lambda path, state: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path),
     "page.pth": lambda path, state: path.write_text("\n<!DOCTYPE html><html><body>404: not found</body></html>"),
     "page.safetensors": lambda path, state: path.write_text("<html>Too many requests</html>"),
     "pointer.pth": lambda path, state: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
@@ -504,6 +505,7 @@ def test_file_that_is_no_checkpoint_is_one_line(name: str, resnet: State, tmp_pa
         ("page.pth", "is a web page, not weights: its download failed"),
         ("page.safetensors", "is a web page, not weights: its download failed"),
         ("pointer.pth", "is a pointer of Git LFS"),
+        ("script.pt", "is a TorchScript program, not weights"),
         ("truncated.pth", "is truncated: its end is missing"),
         ("empty.pth", "is empty"),
     ],
