@@ -112,10 +112,13 @@ def _for_small_images(hint: Hint, settings: Mapping[str, Any]) -> Hint:
 
 def _image_size(selected: State, network: nn.Module) -> int | None:
     """Side in pixels of the square images whose positions the file holds, where it is not the network's."""
-    grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    embedding = getattr(network, "patch_embed", None)
+    grid, patch = getattr(embedding, "grid_size", None), getattr(embedding, "patch_size", None)
     named = {OPEN_CLIP.get(key, key): value for key, value in selected.items()}
     positions, patches = named.get("pos_embed"), named.get("patch_embed.proj.weight")
-    if grid is None or positions is None or patches is None or positions.ndim not in (2, 3) or patches.ndim != 4:
+    if grid is None or positions is None or patches is None or positions.ndim not in (2, 3):
+        return None
+    if tuple(patches.shape[2:]) != patch:
         return None
     tokens = positions.shape[-2]
     sides = [math.isqrt(tokens - extra) for extra in (0, 1, 2) if math.isqrt(tokens - extra) ** 2 == tokens - extra]

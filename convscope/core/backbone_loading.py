@@ -52,7 +52,7 @@ def load_weights(
         resampled=tuple(match.resampled),
         preprocessing=prepared_by,
     )
-    _tell(backbone, match, file.path, implied, allow_partial)
+    _tell(backbone, match, file.path, implied)
     return backbone
 
 
@@ -68,7 +68,7 @@ def fit(state: State, architecture: str, arguments: Mapping[str, Any]) -> tuple[
 
 def parts(keys: Sequence[str]) -> list[str]:
     """The modules that keys belong to, each once: the first word, or two below a word that holds whole networks."""
-    holders = ("teacher", "student", "visual", "base_encoder", "encoder_q", "head")
+    holders = ("teacher", "student", "visual", "base_encoder", "encoder_q", "model", "head")
     found = []
     for key in keys:
         words = key.removesuffix(".weight").removesuffix(".bias").split(".")
@@ -152,7 +152,7 @@ def _preprocessing(backbone: Backbone, match: Match, path: Path, recipe: Recipe)
     return base, f"timm's for {backbone.arch}, assumed: the file does not say"
 
 
-def _tell(backbone: Backbone, match: Match, path: Path, implied: Mapping[str, Any], allow_partial: float) -> None:
+def _tell(backbone: Backbone, match: Match, path: Path, implied: Mapping[str, Any]) -> None:
     origin, notes = backbone.origin, []
     if origin.said_by and not origin.said_by.startswith("convscope"):
         notes.append(f"its architecture is {backbone.arch} by {origin.said_by}")

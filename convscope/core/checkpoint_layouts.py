@@ -243,5 +243,8 @@ LAYOUTS: tuple[Layout, ...] = (
         )
         for rename in (dict, _resnet_children)
     ),
-    *(Layout(name=f"module with a {holder}", prefix=holder, training=BESIDE) for holder in HOLDERS),
+    *(
+        Layout(name=f"module with a {holder.removesuffix('.')}", prefix=holder, training=rf"(model\.)?{BESIDE}")
+        for holder in HOLDERS
+    ),
 )

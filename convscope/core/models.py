@@ -136,7 +136,9 @@ def _from_hub(source: str, given: ModelArgs, allow_partial: float) -> Backbone:
     recipe = Recipe(
         architecture=architecture,
         model_args={key: value for key, value in arguments.items() if key != "num_classes"},
-        preprocessing=preprocessing_from(timm.data.resolve_data_config({}, pretrained_cfg=config), arguments | given),
+        preprocessing=preprocessing_from(
+            timm.data.resolve_data_config({}, pretrained_cfg=config), {**arguments, **given}
+        ),
     )
     return load_weights(
         WeightsFile(path=Path(name), state=state), recipe, given, source=source, allow_partial=allow_partial

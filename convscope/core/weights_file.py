@@ -54,7 +54,11 @@ def read_weights(path: Path) -> WeightsFile:
         weights = WeightsFile(
             path=path,
             state=state,
-            said={key: value for key, value in loaded.items() if not isinstance(value, Tensor) and key not in COPIES},
+            said={
+                key: value
+                for key, value in loaded.items()
+                if not isinstance(value, Tensor) and not _holds_tensors(value)
+            },
             container=container,
             copies=tuple(key for key in COPIES if key != container and _holds_tensors(loaded.get(key))),
         )

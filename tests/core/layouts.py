@@ -276,7 +276,14 @@ CASES = {
     ),
     "bare children": Case(RESNETS, RESNET, lambda s: sequential(s, ""), "lightly"),
     "ddp around compile": Case(RESNETS, RESNET, lambda s: prefixed(s, "module._orig_mod."), "plain"),
+    "module in a module": Case(
+        RESNETS,
+        RESNET,
+        lambda s: {"state_dict": prefixed(s, "model.backbone.") | mlp("model.head", 9) | mlp("train_metrics", 3)},
+        "module with a model.backbone",
+        {"model.head", "train_metrics"},
+    ),
     "compiled part": Case(
-        RESNETS, RESNET, lambda s: {"state_dict": prefixed(s, "net._orig_mod.")}, "module with a net."
+        RESNETS, RESNET, lambda s: {"state_dict": prefixed(s, "net._orig_mod.")}, "module with a net"
     ),
 }

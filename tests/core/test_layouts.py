@@ -197,6 +197,7 @@ def test_open_clip_config_beside_a_file_says_how_images_are_prepared(tmp_path: P
     ("said", "arch"),
     [
         ({"arch": "resnet50"}, "resnet50"),  # timm, SparK, torchvision
+        ({"model": "resnet50"}, "resnet50"),
         ({"args": {"model": "resnet50"}}, "resnet50"),
         ({"hyper_parameters": {"backbone": "resnet50"}}, "resnet50"),
     ],
