@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import timm
-from timm.models import model_entrypoint  # noqa: F401  (fills timm's registry)
 from torch import nn
 
 from convscope.core.weights_file import State, WeightsFile
@@ -21,7 +20,7 @@ from convscope.core.weights_match import OPEN_CLIP, Match
 
 SETTINGS = ("args", "hyper_parameters", "config", "cfg", "hparams")  # where training code keeps its settings
 NAMES = ("arch", "architecture", "model", "backbone", "encoder", "model_name", "backbone_name", "name")
-MOCO_SMALL = {"width": 384, "heads": 12}  # MoCo v3's ViT-S has 12 heads, everybody else's 6 (Chen et al. 2021, sec. 5)
+MOCO_SMALL = {"width": 384, "heads": 12}  # MoCo v3's ViT-S has 12 heads, everybody else's 6: the authors' vits.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ def published_name(file_name: str) -> str | None:
 def stated_architecture(file: WeightsFile) -> Hint | None:
     """The architecture by the file's published name, its own settings, or solo-learn's args.json beside it."""
     if published := published_name(file.path.name):
-        return Hint(architecture=published, said_by=f"its name, as published for {published}")
+        return Hint(architecture=published, said_by="its file name")
     places = {"": file.said, **{name: _plain(file.said.get(name)) for name in SETTINGS}}
     beside = file.path.with_name("args.json")
     if beside.is_file():

@@ -43,7 +43,7 @@ def load_weights(
     _require_padding(match, backbone, file.path)
     backbone.model.load_state_dict(match.weights, strict=False)
     backbone.source, backbone.matched, backbone.absent = source, match.share, tuple(match.absent)
-    backbone.preprocessing, prepared_by = _preprocessing(backbone, match, file.path, recipe)
+    backbone.preprocessing, prepared_by = _preprocessing(backbone, match, file.path, recipe, "img_size" in given)
     backbone.origin = Origin(
         layout=match.layout.name,
         container=file.container,
@@ -120,10 +120,13 @@ def _advice(match: Match) -> str:
     return "Pass the --arch that it was trained with, or --allow-partial"
 
 
-def _preprocessing(backbone: Backbone, match: Match, path: Path, recipe: Recipe) -> tuple[Preprocessing, str]:
+def _preprocessing(
+    backbone: Backbone, match: Match, path: Path, recipe: Recipe, other_size: bool
+) -> tuple[Preprocessing, str]:
     """How images are prepared for these weights, and who says so."""
     if recipe.preprocessing:
-        return recipe.preprocessing, "the file's own"
+        own_size = backbone.preprocessing.size if other_size else recipe.preprocessing.size
+        return replace(recipe.preprocessing, size=own_size), "the file's own"
     base = replace(backbone.preprocessing, size=recipe.size or backbone.preprocessing.size)
     if "." in backbone.arch:
         return base, f"timm's for {backbone.arch}"
@@ -136,9 +139,8 @@ def _preprocessing(backbone: Backbone, match: Match, path: Path, recipe: Recipe)
             return open_clip_preprocessing(json.loads(config.read_text())["preprocess_cfg"], base.size), config.name
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{config} has no preprocess_cfg that open_clip would understand: {error!r}") from error
-    if (
-        own := layout.preprocessing
-    ) and "siglip" not in backbone.arch:  # which has means of its own, and timm knows them
+    own = None if "siglip" in backbone.arch else layout.preprocessing  # SigLIP has means of its own, timm's
+    if own:
         prepared = replace(
             base,
             mean=own.mean,

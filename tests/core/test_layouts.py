@@ -209,6 +209,12 @@ def test_settings_in_a_checkpoint_name_the_architecture(said: dict[str, Any], ar
     assert_equal(backbone, source)
 
 
+def test_spark_says_its_image_size(tmp_path: Path):
+    source = prefixed(dict(network("resnet50", **RESNET).state_dict()), "sparse_encoder.sp_cnn.")
+    file = save(tmp_path, {"arch": "resnet50", "input_size": 384, "module": source, "is_pretrain": True})
+    assert load_backbone(file, model_args=RESNET).preprocessing.size == (384, 384)
+
+
 @pytest.mark.parametrize(
     ("said", "arch"),
     [

@@ -333,6 +333,16 @@ def test_arguments_override_those_of_the_file(tmp_path: Path):
     assert backbone.model_args == {"layers": [1, 1, 1, 1], "channels": [4, 8, 16, 32], "drop_path_rate": 0.3}
 
 
+def test_an_image_size_overrides_that_of_the_file(tmp_path: Path):
+    small = create_backbone("vit_tiny_patch16_224", {"depth": 1, "img_size": 32}, seed=3)
+    small.preprocessing = Preprocessing(size=(32, 32), mean=(0.1, 0.2, 0.3))
+    save_backbone(tmp_path / "b.safetensors", small)
+    assert load_backbone(str(tmp_path / "b.safetensors")).preprocessing == small.preprocessing
+    larger = load_backbone(str(tmp_path / "b.safetensors"), model_args={"img_size": 64})
+    assert larger.preprocessing == Preprocessing(size=(64, 64), mean=(0.1, 0.2, 0.3))
+    assert larger.model.pos_embed.shape[1] == 17
+
+
 # timm and random weights
 
 
