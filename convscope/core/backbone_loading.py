@@ -77,7 +77,7 @@ def parts(keys: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def open_clip_preprocessing(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
+def open_clip_preprocessing(config: Mapping[str, Any], size: tuple[int, int] = (224, 224)) -> Preprocessing:
     """What open_clip's `preprocess_cfg` says, for images of `size` unless it has its own."""
     own = config.get("size", size)
     height, width = (own, own) if isinstance(own, int) else own

@@ -40,7 +40,7 @@ class OpenClipPair(Pair):
         super().__init__()
         self.model, self.tokenizer = model, lambda texts: tokenizer(list(texts))
         self.logit_scale = model.logit_scale
-        self._preprocessing = open_clip_preprocessing(model.visual.preprocess_cfg, model.visual.image_size)
+        self._preprocessing = open_clip_preprocessing(model.visual.preprocess_cfg)
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -7,7 +7,7 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
-from timm import is_model
+from timm import get_pretrained_cfg, is_model
 from torch import Tensor
 
 from convscope.core.backbone import Backbone, ModelArgs, Origin
@@ -54,20 +54,28 @@ def load_tower(name: str, model_args: ModelArgs | None = None) -> Backbone:
     backbone.model.load_state_dict(match.weights, strict=False)
     if not match.resampled:
         _verify(visual, backbone, name)
-    folder = Path(name).name if Path(name).is_dir() else name
     backbone.source = f"open_clip:{name}"
-    backbone.preprocessing = open_clip_preprocessing(visual.preprocess_cfg, visual.image_size)
-    if match.resampled:
-        size = backbone.model.patch_embed.img_size
+    prepared_by = f"timm's for {backbone.arch}"
+    # Of a mere file open_clip assumes CLIP's means, which are not SigLIP's.
+    if "siglip" not in backbone.arch or not Path(name.partition("/")[2]).is_file():
+        prepared_by, size = "open_clip's preprocess_cfg", _size(visual)
+        if match.resampled:
+            size = backbone.preprocessing.size
         backbone.preprocessing = open_clip_preprocessing({**visual.preprocess_cfg, "size": size}, size)
     backbone.origin = Origin(
         layout=match.layout.name,
-        said_by=f"open_clip's configuration of {folder}",
+        said_by="open_clip's configuration",
         dropped=tuple(dict.fromkeys([*parts(match.dropped), "text tower"])),
         resampled=tuple(match.resampled),
-        preprocessing="open_clip's preprocess_cfg",
+        preprocessing=prepared_by,
     )
     return backbone
+
+
+def _size(visual: Any) -> tuple[int, int]:
+    """Height and width of the images that a tower takes."""
+    size = visual.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _architecture(visual: Any, name: str) -> tuple[str, dict[str, Any]]:
@@ -79,13 +87,14 @@ def _architecture(visual: Any, name: str) -> tuple[str, dict[str, Any]]:
     if isinstance(visual, ModifiedResNet):
         depths = (len(layer) for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4))
         if architecture := RESNETS.get((visual.conv3.out_channels, *depths)):
-            return architecture, {}
+            size = _size(visual)
+            return architecture, {} if size == get_pretrained_cfg(architecture).input_size[1:] else {"img_size": size}
     raise UserError(f"open_clip:{name}: timm has no architecture like its image tower ({type(visual).__name__})")
 
 
 def _transformer(visual: Any) -> tuple[str, dict[str, Any]]:
     blocks = visual.transformer.resblocks
-    width, size, patch = visual.conv1.out_channels, visual.image_size, visual.patch_size
+    width, size, patch = visual.conv1.out_channels, _size(visual), visual.patch_size
     activation = "quickgelu_" if isinstance(blocks[0].mlp.gelu, QuickGELU) else ""
     pooling = {"global_pool": "avg", "fc_norm": False} if visual.pool_type == "avg" else {}
     known = TRANSFORMERS.get((width, len(blocks)))
@@ -106,7 +115,7 @@ def _transformer(visual: Any) -> tuple[str, dict[str, Any]]:
 
 @torch.inference_mode()
 def _verify(visual: Any, backbone: Backbone, name: str) -> None:
-    images = torch.randn(2, 3, *visual.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, *_size(visual), generator=torch.Generator().manual_seed(0))
     ours = backbone.eval()
     if isinstance(visual, TimmModel):
         expected, found = visual.trunk.forward_features(images), ours.model.forward_features(images)

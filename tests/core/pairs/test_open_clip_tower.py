@@ -7,7 +7,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU, VisionTransformer
 
 from convscope.core.backbone import Backbone
@@ -78,16 +77,18 @@ def test_transformer_in_a_file_takes_its_activation_from_the_architecture(
     assert ("need the _quickgelu_ architecture" in capsys.readouterr().err) == ("quick" not in name)
 
 
-def test_modified_resnet_in_a_file(tmp_path: Path):
-    torch.manual_seed(3)
-    tower = ModifiedResNet([3, 4, 6, 3], output_dim=12, heads=32, image_size=64).eval()
-    file = file_of(tower, tmp_path / "clip.pt")
-    backbone = load_backbone(file, arch="resnet50_clip", model_args={"img_size": 64}).eval()
+def test_modified_resnet_of_a_folder_and_of_its_file(tmp_path: Path):
+    vision = {"layers": [3, 4, 6, 3], "width": 64, "image_size": 64}
+    tower = save_folder(tmp_path / "clip", vision).visual
+    backbone = load_backbone(f"open_clip:{tmp_path / 'clip'}").eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(tower.attnpool.c_proj(backbone(images)), tower(images), rtol=1e-3, atol=1e-5)
-    assert (backbone.preprocessing.mean[0], backbone.preprocessing.crop_pct) == (0.48145466, 1.0)
-    assert set(backbone.origin.dropped) == {"visual.attnpool", "logit_scale"}
+    assert (backbone.arch, backbone.preprocessing.size) == ("resnet50_clip", (64, 64))
+    file = tmp_path / "clip" / "open_clip_pytorch_model.bin"
+    from_file = load_backbone(str(file), arch="resnet50_clip", model_args={"img_size": (64, 64)})
+    assert from_file.weights_hash() == backbone.weights_hash()
+    assert from_file.preprocessing == backbone.preprocessing
 
 
 def test_positions_for_another_image_size_are_resampled_on_demand(tmp_path: Path):
