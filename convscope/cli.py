@@ -68,6 +68,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("eval", "features"): Command(
         "convscope.eval.features_command", "FeaturesCommand", "features of a frozen backbone as plain arrays"
     ),
+    ("eval", "info"): Command(
+        "convscope.eval.info", "InfoCommand", "what a checkpoint was recognised as: layout, architecture, preprocessing"
+    ),
     ("analyze", "erf"): Command("convscope.analysis.erf_command", "ErfCommand", "effective receptive fields"),
     ("export", "backbone"): Command(
         "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"

@@ -41,6 +41,18 @@ class Stage:
     stride: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How a backbone was recognised in what it was loaded from."""
+
+    layout: str = "timm"  # see core/checkpoint_layouts.py
+    container: str = ""  # entry of the checkpoint that was read, such as state_dict_ema
+    said_by: str = ""  # what named the architecture, where nobody gave it
+    dropped: tuple[str, ...] = ()  # parts of the file that only training, a classifier or another tower uses
+    resampled: tuple[str, ...] = ()  # position embeddings fitted to another image size
+    preprocessing: str = "timm's for the architecture"
+
+
 class Backbone(nn.Module):
     """A timm network without its classifier.
 
@@ -67,7 +79,8 @@ class Backbone(nn.Module):
         self.preprocessing = preprocessing
         self.source = source or f"timm:{arch}@random"
         self.matched = matched  # share of the backbone's weights that the checkpoint provided
-        self.absent = tuple(absent)  # weights it rightly lacks, at their initial values: see checkpoint_layouts
+        self.absent = tuple(absent)  # weights it rightly lacks, at their initial values: see weights_match
+        self.origin = Origin()
         self.stages = tuple(
             Stage(info["module"], info["num_chs"], int(info["reduction"])) for info in _feature_info(model, arch)
         )
@@ -167,7 +180,11 @@ def create_backbone(
 
 def preprocessing_of(model: nn.Module, model_args: ModelArgs | None = None) -> Preprocessing:
     """Preprocessing from a timm model's own pretrained configuration; an `img_size` argument overrides its size."""
-    data = timm.data.resolve_model_data_config(model)
+    return preprocessing_from(timm.data.resolve_model_data_config(model), model_args)
+
+
+def preprocessing_from(data: Mapping[str, Any], model_args: ModelArgs | None = None) -> Preprocessing:
+    """The same from what timm's `resolve_data_config` returns."""
     size = (model_args or {}).get("img_size") or data["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
     return Preprocessing(

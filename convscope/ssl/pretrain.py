@@ -16,7 +16,7 @@ import yaml
 from convscope.core import distributed
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.checkpoint import RunDirectory
-from convscope.core.config import format_assignments, parse_assignments
+from convscope.core.config import format_assignments, parse_assignments, to_dict
 from convscope.core.data.photometric import PhotometricConfig
 from convscope.core.data.shard_set import ShardSet, open_shards
 from convscope.core.data.stream import Fields, Transform
@@ -63,7 +63,7 @@ class PretrainCommand:
     backbone_args: tuple[str, ...] = ()
     """Arguments for timm.create_model, such as depths=2,2,6,2."""
     init: str | None = None
-    """Weights to start from: a run, timm:NAME, or a file (with --backbone where it does not name its architecture)."""
+    """Weights to start from: any MODEL of eval (with --backbone where a file does not name its architecture)."""
     split: str = "train"
     """Which split of the data to train on."""
     drop_path: float = 0.0
@@ -133,7 +133,8 @@ def pretrain(config: PretrainCommand) -> None:
         with RunDirectory(config.output_dir, main=main, takes_over="CONVSCOPE_JOB" in os.environ) as run_dir:
             run_dir.claim(config, RESUMABLE)
             if main:
-                write_json(config.output_dir / "environment.json", environment())
+                prepared = {"preprocessing": to_dict(backbone.preprocessing)}  # of --init, not in config.yaml
+                write_json(config.output_dir / "environment.json", environment() | prepared)
                 config.prepare(objective)
             hooks = config.hooks(objective, data) if main else []
             if main and config.track:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convscope.core.backbone import Backbone, Preprocessing, create_backbone
-from convscope.core.checkpoint_layouts import match_weights
 from convscope.core.errors import UserError
 from convscope.core.models import load_backbone, model_record, save_backbone, untrained_twin
+from convscope.core.weights_match import match_weights
 
 RESNET = {"layers": (1, 1, 1, 1), "channels": (4, 8, 16, 32)}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (4, 8, 12, 16)}
@@ -333,6 +333,16 @@ def test_arguments_override_those_of_the_file(tmp_path: Path):
     assert backbone.model_args == {"layers": [1, 1, 1, 1], "channels": [4, 8, 16, 32], "drop_path_rate": 0.3}
 
 
+def test_an_image_size_overrides_that_of_the_file(tmp_path: Path):
+    small = create_backbone("vit_tiny_patch16_224", {"depth": 1, "img_size": 32}, seed=3)
+    small.preprocessing = Preprocessing(size=(32, 32), mean=(0.1, 0.2, 0.3))
+    save_backbone(tmp_path / "b.safetensors", small)
+    assert load_backbone(str(tmp_path / "b.safetensors")).preprocessing == small.preprocessing
+    larger = load_backbone(str(tmp_path / "b.safetensors"), model_args={"img_size": 64})
+    assert larger.preprocessing == Preprocessing(size=(64, 64), mean=(0.1, 0.2, 0.3))
+    assert larger.model.pos_embed.shape[1] == 17
+
+
 # timm and random weights
 
 
@@ -360,10 +370,16 @@ def test_untrained_twin_differs_in_weights_only():
         ("timm:resnet18@random", "resnet50", "leave --arch resnet50 out"),
         ("timm:no_such_network@random", None, "timm knows no architecture"),
         ("timm:", None, "timm knows no architecture"),
-        ("open_clip:ViT-B-32/laion2b", None, "open_clip: models are not supported yet"),
-        ("hf-hub:timm/resnet18", None, "hf-hub: models are not supported yet"),
-        ("no/such/run", None, "neither a run, nor a weights file, nor timm:NAME"),
-        ("no/such/weights.pth", "resnet18", "neither a run, nor a weights file, nor timm:NAME"),
+        ("open_clip:ViT-B-32/laion2b", None, "name weights after a slash, a file or one of openai, "),
+        ("open_clip:no-model/laion2b", None, "open_clip has no model 'no-model'"),
+        ("open_clip:ViT-B-32/openai", "resnet50", "leave --arch resnet50 out"),
+        (
+            "local-dir:no/such/folder",
+            None,
+            "cannot load local-dir:no/such/folder as a timm model: Config file not found",
+        ),
+        ("no/such/run", None, "it is none of a run, a weights file, timm:NAME"),
+        ("no/such/weights.pth", "resnet18", "it is none of a run, a weights file, timm:NAME"),
     ],
 )
 def test_bad_source_is_one_line(source: str, arch: str | None, message: str):
@@ -468,6 +484,10 @@ def truncated_safetensors(path: Path, state: State) -> None:
 
 
 BROKEN = {
+    "script.pt": lambda path, state: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path),
+    "page.pth": lambda path, state: path.write_text("\n<!DOCTYPE html><html><body>404: not found</body></html>"),
+    "page.safetensors": lambda path, state: path.write_text("<html>Too many requests</html>"),
+    "pointer.pth": lambda path, state: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     "truncated.pth": truncated,
     "truncated.safetensors": truncated_safetensors,
     "empty.pth": lambda path, state: path.write_bytes(b""),
@@ -487,6 +507,23 @@ def test_file_that_is_no_checkpoint_is_one_line(name: str, resnet: State, tmp_pa
     with pytest.raises(UserError, match=name) as error:
         load_backbone(str(path), arch="resnet50", model_args=RESNET)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("page.pth", "is a web page, not weights: its download failed"),
+        ("page.safetensors", "is a web page, not weights: its download failed"),
+        ("pointer.pth", "is a pointer of Git LFS"),
+        ("script.pt", "is a TorchScript program, not weights"),
+        ("truncated.pth", "is truncated: its end is missing"),
+        ("empty.pth", "is empty"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_told_apart(name: str, message: str, resnet: State, tmp_path: Path):
+    BROKEN[name](tmp_path / name, resnet)
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(tmp_path / name), arch="resnet50", model_args=RESNET)
 
 
 def test_folder_that_is_no_run(tmp_path: Path):
@@ -520,4 +557,4 @@ def test_network_with_attributes_named_like_wrappers_is_matched_plainly():
     network = Nested()
     match = match_weights(dict(network.state_dict()), network)
     assert match.complete
-    assert match.layout == "plain"
+    assert match.layout.name == "plain"

@@ -25,6 +25,7 @@ from convscope.core.pairs.model import load_image_text
 from convscope.core.results import load_result
 from convscope.ssl.pretrain import presets
 from tests.core.data.tars import write_tar
+from tests.core.layouts import RESNET, dino_full, network
 from tests.core.pairs.small_bert import save_bert
 from tests.core.training.test_resume import run_until_step
 
@@ -164,6 +165,22 @@ def test_starting_from_other_weights(data: str, tmp_path: Path) -> None:
     finish(words)  # the same command, with the architecture that it found
     said = finish([*words, "--backbone", "resnet50"], code=2)
     assert "holds a resnet18_cifar, not a resnet50" in said
+
+
+def test_starting_from_a_checkpoint_of_others(data: str, tmp_path: Path) -> None:
+    source = network("resnet50", **RESNET)
+    torch.save(dino_full(dict(source.state_dict())), tmp_path / "dino.pth")
+    output = tmp_path / "run"
+    words = ["pretrain", "rotation", "--data", data, "--output-dir", str(output), "--init", str(tmp_path / "dino.pth")]
+    words += ["--backbone", "resnet50", "--backbone-args", "layers=1,1,1,1", "channels=4,8,16,32", "--size", "16"]
+    finish([*words, "--batch-size", "8", "--steps", "1", "--workers", "0", "--lr", "1e-9", "--device", "cpu"])
+    weights = {key: value for key, value in source.state_dict().items() if key.endswith("weight")}
+    finished, checkpoint = load_backbone(str(output)), load_backbone(str(output / "checkpoints" / "step-00000001.pt"))
+    for backbone in (finished, checkpoint):
+        found = backbone.model.state_dict()
+        for key, value in weights.items():
+            torch.testing.assert_close(found[key], value)
+        assert (backbone.preprocessing.crop_pct, backbone.preprocessing.size) == (0.875, (16, 16))  # DINO's
 
 
 def test_captions_of_class_names(data: str, tmp_path: Path) -> None:

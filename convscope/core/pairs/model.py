@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from convscope.core.backbone import Backbone, Preprocessing, create_backbone
 from convscope.core.checkpoint import latest_checkpoint, load_checkpoint
-from convscope.core.checkpoint_layouts import State, read_tensors
 from convscope.core.config import from_dict, to_dict
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, write_bytes, write_json
 from convscope.core.pairs.pair import Pair
 from convscope.core.pairs.text_tower import TextConfig, TextTower
 from convscope.core.pairs.tokenizers import Tokenizer, restore_tokenizer
+from convscope.core.weights_file import State, read_weights
 
 Projection = Literal["linear", "mlp"]
 
@@ -113,10 +113,10 @@ def load_image_text(source: str) -> ImageText:
         saved = load_checkpoint(checkpoint)
         state, described = saved["ema"] or saved["model"], read_json(description)
     else:
-        state, metadata = read_tensors(path)
-        if KEY not in metadata:
+        file = read_weights(path)
+        if KEY not in file.metadata:
             raise UserError(f"{path} has no text tower; give a run of pretrain clip, or its {EXPORT}")
-        described = json.loads(metadata[KEY])
+        state, described = file.state, json.loads(file.metadata[KEY])
     pair = _build(described, path)
     _fill(pair, state, path)
     pair.backbone.source = source

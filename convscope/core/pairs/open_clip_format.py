@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convscope.core.backbone import Preprocessing
+from convscope.core.backbone_loading import OPEN_CLIP_CONFIG as CONFIG
+from convscope.core.backbone_loading import open_clip_preprocessing
 from convscope.core.errors import UserError
 from convscope.core.files import write_bytes
 from convscope.core.pairs.model import ImageText
 from convscope.core.pairs.pair import Pair
 from convscope.core.pairs.tokenizers import EOS, PAD, CaptionTokenizer
 
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+WEIGHTS = "open_clip_model.safetensors"
 HEAD, TEXT_HEAD, TEXT_ENCODER = "image_head.weight", "text_head.weight", "text.encoder."
 TOLERANCE = 1e-4  # of a vector's entries, once loaded by open_clip
 PROBE = ("a photo of a cat", "two dogs, and a very long sentence that is cut where the context of the tower ends " * 9)
@@ -38,7 +40,7 @@ class OpenClipPair(Pair):
         super().__init__()
         self.model, self.tokenizer = model, lambda texts: tokenizer(list(texts))
         self.logit_scale = model.logit_scale
-        self._preprocessing = _preprocessing(model.visual.preprocess_cfg)
+        self._preprocessing = open_clip_preprocessing(model.visual.preprocess_cfg)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -60,22 +62,34 @@ def load_open_clip(name: str) -> OpenClipPair:
     Raises:
         UserError: open_clip knows no such model, or cannot fetch or load its weights.
     """
-    if Path(name).is_dir():
-        arguments: dict[str, Any] = {"model_name": f"local-dir:{name}"}
-    else:
-        model_name, _, pretrained = name.partition("/")
-        if model_name not in open_clip.list_models():
-            raise UserError(f"open_clip:{name}: open_clip has no model {model_name!r}, and there is no such folder")
-        known = open_clip.list_pretrained_tags_by_model(model_name)
-        if not pretrained or (pretrained not in known and not Path(pretrained).is_file()):
-            raise UserError(f"open_clip:{name}: name weights after a slash, a file or one of {', '.join(known) or '-'}")
-        arguments = {"model_name": model_name, "pretrained": pretrained}
+    model = create_open_clip(name)
     try:
-        model, _, _ = open_clip.create_model_and_transforms(**arguments)
-        tokenizer = open_clip.get_tokenizer(arguments["model_name"])
+        tokenizer = open_clip.get_tokenizer(_arguments(name)["model_name"])
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise UserError(f"open_clip:{name}: {str(error).splitlines()[0]}") from error
-    return OpenClipPair(model.eval(), tokenizer)
+    return OpenClipPair(model, tokenizer)
+
+
+def create_open_clip(name: str) -> Any:
+    """The same as open_clip makes it, in evaluation mode, without its tokenizer."""
+    arguments = _arguments(name)
+    try:
+        model, _, _ = open_clip.create_model_and_transforms(**arguments)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"open_clip:{name}: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def _arguments(name: str) -> dict[str, Any]:
+    if Path(name).is_dir():
+        return {"model_name": f"local-dir:{name}"}
+    model_name, _, pretrained = name.partition("/")
+    if model_name not in open_clip.list_models():
+        raise UserError(f"open_clip:{name}: open_clip has no model {model_name!r}, and there is no such folder")
+    known = open_clip.list_pretrained_tags_by_model(model_name)
+    if not pretrained or (pretrained not in known and not Path(pretrained).is_file()):
+        raise UserError(f"open_clip:{name}: name weights after a slash, a file or one of {', '.join(known) or '-'}")
+    return {"model_name": model_name, "pretrained": pretrained}
 
 
 def export_open_clip(pair: ImageText, folder: Path) -> None:
@@ -188,16 +202,3 @@ def _verify(pair: ImageText, folder: Path) -> None:
         )
     if not worst <= TOLERANCE:
         raise UserError(f"open_clip computes other vectors from this export (largest difference {worst:.2g})")
-
-
-def _preprocessing(config: dict[str, Any]) -> Preprocessing:
-    size = config["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return Preprocessing(
-        size=(int(height), int(width)),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=1.0,
-        crop_mode="squash" if config.get("resize_mode") == "squash" else "center",
-    )
