@@ -13,7 +13,7 @@ from convscope.core.log import info
 from convscope.plots.curves import draw_loss
 from convscope.report.compare import Row, comparison, differences, flatten, model_name
 from convscope.report.html import Image, KeyValues, Part, Section, Text, write_report
-from convscope.report.sources import RunFiles, read_run
+from convscope.report.sources import RunFiles, expand, read_run
 from convscope.report.tables import Table, markdown
 
 
@@ -22,7 +22,7 @@ class ReportCommand:
     """Compare runs: results with their intervals, loss curves, pictures."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, results folders or result files."""
+    """Run directories, folders of runs (a sweep), results folders or result files."""
     output: Path = Path("report.html")
     """The HTML file to write."""
     title: str = "Comparison of runs"
@@ -38,8 +38,8 @@ def run(config: ReportCommand) -> None:
         UserError: nothing given, or a file that is missing or malformed.
     """
     if not config.runs:
-        raise UserError("report: give at least one run directory, results folder or result file")
-    runs = [read_run(path) for path in dict.fromkeys(config.runs)]
+        raise UserError("report: give at least one run directory, folder of runs, results folder or result file")
+    runs = [read_run(path) for path in expand(config.runs)]
     tasks = by_task(runs)
     notes = [line for rows in tasks.values() for line in differences(rows)]
     write_report(config.output, config.title, [_overview(runs, tasks, notes), *map(_run_section, runs)])
