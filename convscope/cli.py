@@ -148,10 +148,9 @@ def _dispatch(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("--version", "-V"):
         print(f"convscope {__version__}")
         return
-    for length in (1, 2):
-        if command := COMMANDS.get(tuple(arguments[:length])):
-            _run(command, arguments[:length], arguments[length:])
-            return
+    if name := _command_of(arguments):
+        _run(name, arguments[len(name) :])
+        return
     words = [argument for argument in arguments if not argument.startswith("-")]
     group = words[0] if words else None
     known = {name[0] for name in COMMANDS}
@@ -172,23 +171,39 @@ def _help(group: str | None) -> str:
     return "\n".join([head, "", *lines, "", foot])
 
 
-def _run(command: Command, words: list[str], arguments: list[str]) -> None:
-    module = importlib.import_module(command.module)
-    config_class = getattr(module, command.config)
-    arguments, slurm = _take_slurm(arguments)
-    arguments, sweep = _take_option(arguments, "--sweep")
-    if sweep is not None and slurm is None:
-        raise UserError("a sweep is an array of jobs: add --slurm.* flags, or --slurm.local to run it here")
-    line = [*words, *arguments]
-    arguments, saved = _take_option(arguments, "--config")
+def _command_of(words: Sequence[str]) -> tuple[str, ...] | None:
+    return next((tuple(words[:length]) for length in (1, 2) if tuple(words[:length]) in COMMANDS), None)
+
+
+def parse(line: Sequence[str]) -> tuple[tuple[str, ...], Any]:
+    """The command that a line names, and the settings that it would run with.
+
+    Raises:
+        UserError: no such command, or it refuses a flag.
+    """
+    name = _command_of(line)
+    if name is None:
+        raise UserError(f"no command '{' '.join(line[:2])}' (see convscope --help)")
+    module = importlib.import_module(COMMANDS[name].module)
+    config_class = getattr(module, COMMANDS[name].config)
+    arguments, saved = _take_option(list(line[len(name) :]), "--config")
     arguments, preset = _take_option(arguments, "--preset")
     if preset is not None:
         arguments = _preset_flags(module, config_class, preset, arguments) + _other_budgets_off(arguments)
     elif saved is not None:
         arguments = _other_budgets_off(arguments)
-    config = _parse(config_class, arguments, f"convscope {' '.join(words)}", saved)
+    return name, _parse(config_class, arguments, f"convscope {' '.join(name)}", saved)
+
+
+def _run(name: tuple[str, ...], arguments: list[str]) -> None:
+    arguments, slurm = _take_slurm(arguments)
+    arguments, sweep = _take_option(arguments, "--sweep")
+    if sweep is not None and slurm is None:
+        raise UserError("a sweep is an array of jobs: add --slurm.* flags, or --slurm.local to run it here")
+    line = [*name, *arguments]
     if slurm is None:
-        getattr(module, command.run)(config)
+        _, config = parse(line)
+        getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].run)(config)
         return
     from convscope.slurm.submit import submit
 

@@ -16,7 +16,7 @@ import torch
 
 from convscope.core.config import load_yaml, save_yaml, to_dict
 from convscope.core.errors import UserError
-from convscope.core.files import atomic_write, write_bytes, write_json
+from convscope.core.files import atomic_write, whole_lines, write_bytes, write_json
 from convscope.core.log import info
 
 SUPERSEDED = 75  # exit code of an attempt that another one has replaced (EX_TEMPFAIL)
@@ -40,6 +40,7 @@ class RunDirectory:
         self.main = main
         self.takes_over = takes_over
         self.attempt = 0
+        self._started = 0.0
         self._lock: int | None = None
 
     def __enter__(self) -> "RunDirectory":
@@ -103,8 +104,8 @@ class RunDirectory:
                 )
         save_yaml(file, config)
 
-    def start_attempt(self, record: Mapping[str, Any]) -> None:
-        """Number this start of the run and keep `record` (host, versions) in attempts/NNNN.json."""
+    def start_attempt(self) -> None:
+        """Take the next number; from now on earlier starts of this run write nothing."""
         if not self.main:
             return
         folder = self.path / "attempts"
@@ -115,7 +116,13 @@ class RunDirectory:
             with suppress(FileExistsError):  # another start took the number at the same moment
                 os.close(os.open(folder / f"{self.attempt:04d}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
                 break
-        write_json(folder / f"{self.attempt:04d}.json", {"started": time.time(), **record})
+        self._started = time.time()
+        self.describe_attempt({})
+
+    def describe_attempt(self, record: Mapping[str, Any]) -> None:
+        """Keep `record` (step, host, versions) in attempts/NNNN.json."""
+        if self.main:
+            write_json(self.path / "attempts" / f"{self.attempt:04d}.json", {"started": self._started, **record})
 
     def _newest_attempt(self) -> int:
         return max((int(file.stem) for file in (self.path / "attempts").glob("[0-9]*.json")), default=0)
@@ -170,21 +177,12 @@ class RunDirectory:
         for name in ("metrics.jsonl", "skipped.jsonl"):
             file = self.path / name
             if self.main and file.exists():
-                kept = [json.dumps(line) + "\n" for line in _whole_lines(file) if line["step"] <= step]
+                kept = [json.dumps(line) + "\n" for line in whole_lines(file) if line["step"] <= step]
                 write_bytes(file, "".join(kept).encode())
 
     def skipped_by_cause(self) -> Counter[str]:
         """How many samples were skipped, for each cause."""
-        return Counter(str(line["cause"]) for line in _whole_lines(self.path / "skipped.jsonl"))
-
-
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
-    """Objects of a .jsonl file, if it exists; a kill may have cut its last line."""
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else ():
-        with suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+        return Counter(str(line["cause"]) for line in whole_lines(self.path / "skipped.jsonl"))
 
 
 def latest_checkpoint(run: Path) -> Path | None:

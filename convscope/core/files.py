@@ -75,6 +75,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file, none where there is no file; a line that a kill has cut is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a file.
 

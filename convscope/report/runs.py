@@ -23,7 +23,7 @@ from convscope.report.compare import (
     paired_table,
 )
 from convscope.report.html import Image, KeyValues, Part, Section, Text, write_report
-from convscope.report.sources import RunFiles, read_run
+from convscope.report.sources import RunFiles, expand, read_run
 from convscope.report.tables import Table
 from convscope.report.texts import FORMATS, Tasks
 
@@ -35,7 +35,7 @@ class ReportCommand:
     """Compare runs: results with their intervals, paired differences, loss curves, pictures."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, results folders or result files."""
+    """Run directories, folders of runs (a sweep), results folders or result files."""
     output: tuple[Path, ...] = (Path("report.html"),)
     """Files to write: .html is the page; .md, .csv and .tex have the tables."""
     title: str = "Comparison of runs"
@@ -55,8 +55,8 @@ def run(config: ReportCommand) -> None:
         UserError: nothing given, or a file that is missing or malformed.
     """
     if not config.runs:
-        raise UserError("report: give at least one run directory, results folder or result file")
-    runs = [read_run(path) for path in dict.fromkeys(config.runs)]
+        raise UserError("report: give at least one run directory, folder of runs, results folder or result file")
+    runs = [read_run(path) for path in expand(config.runs)]
     tasks = by_task(runs)
     for path in config.output:
         kind = SUFFIXES[path.suffix]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from convscope.core.config import load_yaml
 from convscope.core.errors import UserError
 from convscope.core.files import read_json
+from convscope.core.log import info
 from convscope.core.results import EvalResult, load_result
 
 Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
@@ -30,6 +31,46 @@ class RunFiles:
     environment: Mapping[str, Any]
 
 
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """A folder of runs, such as a sweep's, as the runs in it; what was submitted and holds nothing yet is left out.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = [child for child in sorted(path.glob("*/")) if _holds_something(child)]
+        if path.is_dir() and not _holds_something(path):
+            if inside:
+                found += inside
+                continue
+            if path.name == "slurm" or (path / "slurm").is_dir():  # logs; a point of a sweep that waits for its turn
+                info(f"note: {path} holds no results yet")
+                continue
+        found.append(path)
+    if not found:
+        raise UserError(f"report: nothing to report in {', '.join(map(str, paths))} yet")
+    return list(dict.fromkeys(found))
+
+
+def _holds_something(path: Path) -> bool:
+    return bool(_result_files(path)) or _loss(path) is not None
+
+
+def _results_folder(path: Path) -> Path:
+    return path / "results" if (path / "results").is_dir() else path
+
+
+def _result_files(path: Path) -> list[Path]:
+    ours = {path / "environment.json", path / "image_text.json"}
+    return [file for file in sorted(_results_folder(path).glob("*.json")) if file not in ours]
+
+
+def _loss(path: Path) -> Curve | None:
+    metrics = path / "metrics.jsonl"
+    return read_loss(metrics) if metrics.is_file() else None
+
+
 def read_run(path: Path) -> RunFiles:
     """Read a run directory, a folder of results or one result file.
 
@@ -41,11 +82,9 @@ def read_run(path: Path) -> RunFiles:
         return RunFiles(str(path), {path: load_result(path)}, pictures, None, {}, {})
     if not path.is_dir():
         raise UserError(f"report: {path} does not exist; give run directories, results folders or result files")
-    folder = path / "results" if (path / "results").is_dir() else path
-    ours = {path / "environment.json"}
-    results = {p: load_result(p) for p in sorted(folder.glob("*.json")) if p not in ours}
-    metrics = path / "metrics.jsonl"
-    loss = read_loss(metrics) if metrics.is_file() else None
+    folder = _results_folder(path)
+    results = {file: load_result(file) for file in _result_files(path)}
+    loss = _loss(path)
     if not results and loss is None:
         raise UserError(f"report: {path} holds neither results (*.json, results/*.json) nor metrics.jsonl")
     config, environment = path / "config.yaml", path / "environment.json"

@@ -4,18 +4,22 @@ The pickled job never changes: what an attempt does follows from the run directo
 preemption) is a flag that the training loop reads between steps; it saves, and the job then asks for its next attempt.
 """
 
-import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 STOPPED = {128 + number for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}  # saved, and not at the end
-HOPELESS = "hopeless"  # a file beside the logs: another attempt would end like this one
+REFUSED = 2  # exit code of a mistake that the user has to mend
+SUPERSEDED = 75  # as in core.checkpoint, which imports torch
+HOPELESS = "hopeless"  # a file beside the logs, for a job or one attempt of it: it asks for no further attempt
+PAUSES = (1, 3, 10)  # seconds between tries to reach SLURM's controller
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,10 @@ class Job:
     Args:
         words: the command line without the program.
         folder: where logs and notes of the job lie.
-        run: run directory, for those commands that have one.
-        patience: attempts in a row that may pass without a step.
     """
 
     words: tuple[str, ...]
     folder: str
-    run: str | None
-    patience: int
 
     def __call__(self) -> dict[str, object]:
         """Run the command as one process of the job's group; its rank."""
@@ -46,9 +46,9 @@ class Job:
         os.environ |= group_variables(
             rank, int(environment.num_tasks), int(environment.local_rank), str(environment.hostnames[0])
         )
-        os.environ["CONVSCOPE_JOB"] = str(environment.job_id)
-        if self.run is not None and stuck(Path(self.run), self.patience):
-            self._give_up(f"{self.patience} attempts in a row made no step; see the logs in {self.folder}")
+        job = job_id()
+        if job is not None:
+            os.environ["CONVSCOPE_JOB"] = job
         from convscope.cli import main
 
         try:
@@ -57,20 +57,33 @@ class Job:
             code = exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
             sys.stdout.flush()
             sys.stderr.flush()
-            if code in STOPPED:
-                if rank == 0:
-                    requeue()
-                os._exit(0)  # no result: SLURM knows whether there will be another attempt
-            if code == 2:  # a mistake that the user has to mend
-                self._give_up("the command was refused")
             if code:
-                os._exit(code)
+                os._exit(self._after(code, rank, job))  # without a result
         return {"rank": rank}
 
-    def _give_up(self, why: str) -> None:
-        print(f"convscope: {why}; this job is not tried again", file=sys.stderr, flush=True)
-        Path(self.folder, f"{HOPELESS}-{os.environ['CONVSCOPE_JOB']}").touch()
-        os._exit(2)
+    def _after(self, code: int, rank: int, job: str | None) -> int:
+        """What to exit with after `code`, once it is seen to whether there will be another attempt."""
+        if job is None:
+            return code
+        if code in STOPPED:  # SLURM knows whether it goes on; if it cannot be asked, the batch script tries again
+            return 0 if rank or requeue(job) else 1
+        if code == REFUSED:
+            print("convscope: the command was refused; this job is not tried again", file=sys.stderr, flush=True)
+            Path(self.folder, f"{HOPELESS}-{job}").touch()
+        elif code == SUPERSEDED:
+            Path(self.folder, f"{HOPELESS}-{job}.{_restarts()}").touch()
+        return code
+
+
+def job_id() -> str | None:
+    """This process's job, None without SLURM; ARRAY_TASK in an array, where one task's plain id means all of them."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def _restarts() -> str:
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def group_variables(rank: int, world: int, local: int, host: str) -> dict[str, str]:
@@ -86,45 +99,72 @@ def group_variables(rank: int, world: int, local: int, host: str) -> dict[str, s
     }
 
 
-def stuck(run: Path, patience: int) -> bool:
-    """Whether the newest attempts, more than `patience` of them, all started from the same step before the end."""
-    records: list[dict[str, object]] = []
-    for file in sorted(run.glob("attempts/[0-9]*.json"))[-patience - 1 :]:
-        try:
-            records.append(json.loads(file.read_text()))
-        except (OSError, ValueError):
-            records.append({})  # the attempt ended while it wrote this
-    steps = {record.get("step") for record in records}
-    return len(records) > patience and len(steps) == 1 and steps != {records[-1].get("total_steps")}
+def requeue(job: str) -> bool:
+    """Ask for another attempt, unless the job is already leaving: cancelled, or requeued by somebody else.
+
+    Returns:
+        Whether that is settled; False where SLURM did not answer.
+    """
+    for pause in (*PAUSES, 0):
+        shown = _output("scontrol", "show", "job", "-o", job)
+        if shown is not None:
+            fields = dict(part.split("=", 1) for part in shown.split() if "=" in part)
+            if fields.get("JobState") != "RUNNING" or fields.get("Restarts") != _restarts():
+                return True
+            if _output("scontrol", "requeue", job) is not None:
+                return True
+        time.sleep(pause)
+    return False
 
 
-def requeue() -> None:
-    """Ask for another attempt, unless the job is already leaving: cancelled, or requeued by somebody else."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return
-    shown = _output("scontrol", "show", "job", "-o", job)
-    fields = dict(part.split("=", 1) for part in shown.split() if "=" in part)
-    mine = os.environ.get("SLURM_RESTART_COUNT", "0")
-    if fields.get("JobState") == "RUNNING" and fields.get("Restarts") == mine:
-        _output("scontrol", "requeue", job)
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"convscope: {error}", file=sys.stderr, flush=True)
+        return None
+    if done.returncode:
+        print(f"convscope: {shlex.join(command)}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+        return None
+    return done.stdout
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+def teardown(folder: Path, homes: Sequence[Path], max_restarts: int, patience: int) -> Sequence[str]:
+    """Shell lines that ask for another attempt when this one failed, if the job is still this attempt's.
 
-
-def teardown(folder: Path, max_restarts: int) -> Sequence[str]:
-    """Shell lines that ask for another attempt when this one failed, if the job is still this attempt's."""
-    hopeless = (
-        f"{folder}/{HOPELESS}-${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
-    )
+    Args:
+        folder: where logs and notes of the job lie.
+        homes: run directory of each task of the array, or of the one job.
+        max_restarts: attempts after the first one.
+        patience: failures in a row, without a new checkpoint in between, after which the job ends.
+    """
+    # Failures are counted here and not in Python, for what fails may be Python's start. Attempts that SLURM ends
+    # (preemption, a lost node) do not come this far and do not count.
     return (
         "rc=$?",
-        'now=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o "Restarts=[0-9]*")',
-        f'if [ $rc -ne 0 ] && [ "$now" = "Restarts=${{SLURM_RESTART_COUNT:-0}}" ] && '
-        f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ] && [ ! -e "{hopeless}" ]; then',
-        '  echo "convscope: attempt ended with $rc; asking for another one" >&2; scontrol requeue "$SLURM_JOB_ID"',
+        "again=${SLURM_RESTART_COUNT:-0}",
+        'id="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"',
+        f"cd {shlex.quote(str(folder))} || exit $rc",
+        f"homes=({' '.join(shlex.quote(str(home)) for home in homes)})",
+        f'if [ $rc -ne 0 ] && [ ! -e "{HOPELESS}-$id" ] && [ ! -e "{HOPELESS}-$id.$again" ]; then',
+        '  latest=$(cat "${homes[${SLURM_ARRAY_TASK_ID:-0}]}/checkpoints/latest" 2>/dev/null)',
+        '  echo "after ${latest:-no checkpoint}" >> "failures-$id"',
+        f'  same=$(tail -n {patience} "failures-$id" | grep -cxF "after ${{latest:-no checkpoint}}")',
+        f'  if [ "$same" -ge {patience} ]; then',
+        f'    echo "convscope: {patience} attempts in a row failed ${{latest:+after }}${{latest:-before a checkpoint}};'
+        ' this job is not tried again" >&2',
+        f'  elif [ "$again" -ge {max_restarts} ]; then',
+        f'    echo "convscope: attempt ended with $rc, and {max_restarts} restarts are the limit" >&2',
+        "  else",
+        '    echo "convscope: attempt ended with $rc; asking for another one" >&2',
+        f"    for pause in {' '.join(map(str, PAUSES))} 0; do",
+        '      if now=$(scontrol show job -o "$id"); then',
+        '        case "$now " in *" Restarts=$again "*) scontrol requeue "$id" && break ;; *) break ;; esac',
+        "      fi",
+        "      sleep $pause",
+        "    done",
+        "  fi",
         "fi",
         "exit $rc",
     )

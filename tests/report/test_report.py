@@ -17,7 +17,7 @@ from convscope.plots.reconstruction import draw_reconstruction
 from convscope.report.compare import Row, comparison, differences
 from convscope.report.html import Image, KeyValues, Section, Text, write_report
 from convscope.report.runs import ReportCommand, run
-from convscope.report.sources import read_loss
+from convscope.report.sources import expand, read_loss
 from convscope.report.tables import Table, markdown, number
 
 VOID = {"meta", "img", "br", "link"}
@@ -237,3 +237,21 @@ def test_a_result_file_and_a_folder_of_results_can_be_given(tmp_path: Path) -> N
         run(ReportCommand(runs=(given,), output=(tmp_path / "out.html",)))
         text = Page((tmp_path / "out.html").read_text()).text
         assert {task for task in ("knn", "erf") if f"{task} of" in text} == tasks
+
+
+def test_a_folder_of_runs_is_its_runs_and_what_waits_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    runs = [make_run(sweep / "seed=0"), make_run(sweep / "seed=1")]
+    (sweep / "slurm" / "code").mkdir(parents=True)
+    (sweep / "seed=2" / "slurm").mkdir(parents=True)
+    (sweep / "seed=2" / "environment.json").write_text("{}")  # it has just begun
+    assert expand([sweep]) == runs
+    assert expand([runs[0], sweep]) == runs
+    assert expand(sorted(sweep.iterdir())) == runs  # a shell's SWEEP/*
+    assert f"{sweep / 'seed=2'} holds no results yet" in capsys.readouterr().err
+    run(ReportCommand(runs=(sweep,), output=tmp_path / "report.html"))
+    assert capsys.readouterr().out.count("seed=") == 2
+    with pytest.raises(UserError, match="nothing to report"):
+        expand([sweep / "seed=2"])

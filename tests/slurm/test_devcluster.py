@@ -1,11 +1,14 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import submitit
 
+import convscope
 from convscope.core.errors import UserError
 from convscope.slurm import devcluster
 
@@ -23,7 +26,7 @@ def _processes_below(directory: Path) -> list[str]:
     return found
 
 
-def _run(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
+def _run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
@@ -48,7 +51,7 @@ def test_gpus_are_visible_to_a_job(cluster: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_down_leaves_no_process_even_of_a_job_that_ignores_its_end(short_dir: Path) -> None:
+def test_down_leaves_no_process_even_of_a_job_that_ignores_its_end(installed: None, short_dir: Path) -> None:
     module = [sys.executable, "-m", "convscope.slurm.devcluster"]
     started = _run(*module, "up", str(short_dir), "--nodes", "1", check=True)
     assert started.stdout == f"export SLURM_CONF={short_dir}/slurm.conf\n"
@@ -68,7 +71,41 @@ def test_down_leaves_no_process_even_of_a_job_that_ignores_its_end(short_dir: Pa
 
 
 @pytest.mark.slurm
-def test_a_directory_can_be_used_again(short_dir: Path) -> None:
+def test_a_user_without_privileges_has_one_too(installed: None, short_dir: Path) -> None:
+    """The other tests are root's where root runs them."""
+    if os.geteuid() != 0:
+        pytest.skip("the other tests show this: root does not run them")
+    package = short_dir / "convscope"
+    for name in ("__init__.py", "core/__init__.py", "core/errors.py", "slurm/__init__.py", "slurm/devcluster.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(convscope.__file__).parent / name, package / name)
+    nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": short_dir}
+    short_dir.chmod(0o755)  # munged wants its socket within reach of everybody
+    for path in (short_dir, *short_dir.rglob("*")):
+        os.chown(path, nobody["user"], nobody["group"])
+    python = next((path for path in (sys.executable, "/usr/bin/python3") if _runs(path, nobody)), None)
+    if python is None:
+        pytest.skip("no Python of at least version 3.11 here that other users may run")
+    module, directory = [python, "-m", "convscope.slurm.devcluster"], short_dir / "cluster"
+    environment = {"PATH": os.environ["PATH"], "SLURM_CONF": str(directory / "slurm.conf")}
+    try:
+        _run(*module, "up", str(directory), "--nodes", "1", check=True, env=environment, **nobody)
+        ran = _run("srun", "id", "-u", env=environment, **nobody)
+        assert (ran.stdout, ran.stderr) == ("65534\n", "")
+    finally:
+        _run(*module, "down", str(directory), check=True, env=environment, **nobody)
+    assert _processes_below(directory) == []
+
+
+def _runs(python: str, user: dict[str, Any]) -> bool:
+    try:
+        return _run(python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))", **user).returncode == 0
+    except PermissionError:
+        return False
+
+
+@pytest.mark.slurm
+def test_a_directory_can_be_used_again(installed: None, short_dir: Path) -> None:
     for _ in range(2):
         config = devcluster.up(short_dir, nodes=1)
         try:
@@ -80,7 +117,9 @@ def test_a_directory_can_be_used_again(short_dir: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_a_start_that_fails_is_one_line_and_leaves_no_process(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_is_one_line_and_leaves_no_process(
+    installed: None, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(devcluster, "START_TIMEOUT", 3.0)
     monkeypatch.setattr(devcluster, "CONFIG", devcluster.CONFIG.replace("/munge/socket", "/munge/elsewhere"))
     with pytest.raises(UserError, match=f"did not start in {short_dir} .* logs are in {short_dir}/log$"):

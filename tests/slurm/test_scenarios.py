@@ -1,6 +1,6 @@
-"""Seven ways in which a cluster ends a job, on a real SLURM: every run reaches the weights of an undisturbed one.
+"""Seven ways in which a cluster ends a job, and each task of an array ended twice, on a real SLURM.
 
-All of them at once, each on nodes of its own, for most of the time is waiting.
+Every run reaches the weights of an undisturbed one. All of them at once, for much of the time is waiting.
 """
 
 import contextlib
@@ -20,16 +20,17 @@ import torch
 from safetensors.torch import load_file
 
 from convscope.cli import main
-from convscope.slurm import devcluster
-from convscope.slurm.state import job_state, submissions
+from convscope.slurm.state import job_state, state_of, submissions
 from tests.core.data.tars import write_split
 from tests.core.training.small_run import metrics
+from tests.slurm.conftest import running
 
-STEPS, POKE_AT, PATIENCE = 80, 24, 200.0  # steps of a run, step at which it is disturbed, seconds for all
+STEPS, PATIENCE = 64, 500.0  # steps of a run; seconds for all
+POKE_AT = (12, 24)  # step of the first attempt at which a run is disturbed, and of the second one
 RUN = [
     *("--backbone", "resnet18_cifar", "--backbone-args", "channels=4,4,8,8", "--size", "32", "--mask-unit", "8"),
     *("--decoder-width", "16", "--batch-size", "8", "--steps", str(STEPS), "--log-every", "2", "--warmup-epochs", "1"),
-    *("--checkpoint-every", "20", "--lr", "0.05", "--device", "cpu", "--picture-every", "0", "--workers", "1"),
+    *("--checkpoint-every", "10", "--lr", "0.05", "--device", "cpu", "--picture-every", "0", "--workers", "1"),
 ]
 NODES = 10
 USED = {  # by scenario, the nodes that it may use
@@ -37,27 +38,22 @@ USED = {  # by scenario, the nodes that it may use
     "crash": (1, 2),
     "node down": (3, 4, 5),
     "preempted": (6, 7),
-    "cancelled": (1, 2),
+    "cancelled": (1, 2),  # a sweep of which one point is finished
     "zombie": (8, 9),
     "time limit": (10, 1, 2),
+    "array": (1, 2),  # a sweep of two points
     "undisturbed": (1, 2),
     "undisturbed, one process": (9, 10),
 }
 ALONE = {"zombie", "undisturbed, one process"}  # on one node; the others are on two
+SAVES = {"usr2", "preempted", "cancelled", "time limit"}  # lose no step
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Path]:
+def nodes(installed: None) -> Iterator[Path]:
     """The folder of a private SLURM of ten nodes."""
-    directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SLURM_CONF", str(devcluster.up(directory, nodes=NODES)))
-            patch.setenv("OMP_NUM_THREADS", "1")
-            yield directory
-    finally:
-        devcluster.down(directory)
-        shutil.rmtree(directory)
+    with running(NODES) as directory:
+        yield directory
 
 
 @pytest.fixture
@@ -76,8 +72,12 @@ def convscope(*words: str) -> str:
     return out.getvalue()
 
 
-def submit(data: Path, run: Path, *flags: str) -> str:
+def submit(data: Path, run: Path, *flags: str) -> None:
     convscope("pretrain", "spark", "--data", str(data), "--output-dir", str(run), *RUN, *flags)
+
+
+def newest(run: Path) -> str:
+    """Its newest job."""
     return str(submissions(run)[-1]["job"])
 
 
@@ -85,25 +85,32 @@ def shell(*words: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
 
 
-def step(run: Path) -> int:
-    """The last one that was logged."""
+def step(run: Path, attempt: int) -> int:
+    """The last one that this attempt has logged."""
     try:
-        return max((int(line["step"]) for line in metrics(run)), default=0)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         return 0
+    return max((int(line["step"]) for line in lines if line["attempt"] == attempt), default=0)
 
 
 def processes(job: str) -> dict[int, int]:
-    """Process id of each rank of a job."""
+    """Process id of each rank of a job, or of a task of an array."""
     found: dict[int, int] = {}
+    array, _, task = job.partition("_")
+    names = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={job}"}
     for number in sorted(int(process.name) for process in Path("/proc").glob("[0-9]*")):
         with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+            environment = Path(f"/proc/{number}/environ").read_bytes().decode(errors="replace").split("\0")
             words = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
-            if f"SLURM_JOB_ID={job}".encode() in environment and b"python" in words[0] and b"-m" in words:
-                rank = next(part for part in environment if part.startswith(b"SLURM_PROCID="))
-                found.setdefault(int(rank.split(b"=")[1]), number)  # the oldest: the others are its data loaders
+            if names <= set(environment) and b"python" in words[0] and b"-m" in words:
+                rank = next(part for part in environment if part.startswith("SLURM_PROCID="))
+                found.setdefault(int(rank.split("=")[1]), number)  # the oldest: the others are its data loaders
     return found
+
+
+def usr2(job: str, _: Path) -> None:
+    shell("scancel", "--signal=USR2", job)
 
 
 def crash(job: str, _: Path) -> None:
@@ -119,14 +126,20 @@ def node_down(job: str, _: Path) -> None:
 
 
 def sleep_into_the_limit(job: str, _: Path) -> None:
-    """The limit is a minute: the processes stand still until shortly before it, while SLURM's signal comes."""
+    """The limit is a minute: the processes stand still until shortly before it, while SLURM's signal comes.
+
+    The next attempt may take longer, for on a busy machine a minute is short.
+    """
     ranks = processes(job).values()
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
     used = shell("squeue", "-h", "-j", job, "-o", "%M").split(":")
     wait = 55 - (60 * int(used[-2]) + int(used[-1]))
-    go_on = f"sleep {max(wait, 0)}; kill -CONT {' '.join(map(str, ranks))}"  # SLURM may have done so with its signal
-    subprocess.Popen(["sh", "-c", go_on], stderr=subprocess.DEVNULL)
+    go_on = f"sleep {max(wait, 0)}; kill -CONT {' '.join(map(str, ranks))}"  # SLURM may do so earlier, with its signal
+    requeued = f"[ $(squeue -h -j {job} -o %T) = PENDING ]"
+    extend = f"for i in $(seq 900); do {requeued} && break; sleep 0.2; done"
+    extend += f"; scontrol update JobId={job} TimeLimit=15"
+    subprocess.Popen(["sh", "-c", f"({go_on}) & {extend}"], stderr=subprocess.DEVNULL)
 
 
 def preempt(job: str, _: Path) -> None:
@@ -141,59 +154,99 @@ def zombie(job: str, directory: Path) -> None:
     os.kill(rank, signal.SIGSTOP)
     log = Path(shell("scontrol", "show", "job", "-o", job).split(" StdErr=")[1].split()[0])
     begun = log.parent.parent / "attempts" / "0002.json"
-    subprocess.Popen(["sh", "-c", f"until [ -e {begun} ]; do sleep 0.1; done; kill -CONT {rank}"])
+    subprocess.Popen(
+        ["sh", "-c", f"for i in $(seq 3000); do [ -e {begun} ] && break; sleep 0.1; done; kill -CONT {rank}"]
+    )
 
 
-DISTURBANCES: dict[str, Callable[[str, Path], object]] = {
-    "usr2": lambda job, _: shell("scancel", "--signal=USR2", job),
-    "crash": crash,
-    "node down": node_down,
-    "preempted": preempt,
-    "cancelled": lambda job, _: shell("scancel", job),
-    "zombie": zombie,
-    "time limit": sleep_into_the_limit,
+def cancel(job: str, _: Path) -> None:
+    log = Path(shell("scontrol", "show", "job", "-o", job).split(" StdErr=")[1].split()[0])
+    convscope("slurm", "cancel", str(log.parent.parent))  # the sweep
+
+
+Disturbance = Callable[[str, Path], None]
+DISTURBANCES: dict[str, tuple[Disturbance, ...]] = {  # of the first attempt, and of the second one
+    "usr2": (usr2,),
+    "crash": (crash,),
+    "node down": (node_down,),
+    "preempted": (preempt,),
+    "cancelled/checkpoint-every=10": (cancel,),
+    "zombie": (zombie,),
+    "time limit": (sleep_into_the_limit,),
+    "array/checkpoint-every=9": (crash, usr2),
+    "array/checkpoint-every=11": (usr2, crash),
 }
+
+
+SWEEPS = {"cancelled": "checkpoint_every: [1, 10]", "array": "checkpoint_every: [9, 11]"}
+
+
+def submit_scenario(name: str, data: Path, folder: Path) -> None:
+    others = ",".join(str(i) for i in range(1, NODES + 1) if i not in USED[name])
+    flags = ["--slurm.nodes", "1" if name in ALONE else "2", "--slurm.exclude", f"127.0.0.[{others}]"]
+    flags += ["--slurm.timeout", "1" if name == "time limit" else "15", "--slurm.signal-delay", "5"]
+    if name in SWEEPS:
+        (folder / f"{name}.yaml").write_text(SWEEPS[name])
+        flags += ["--sweep", str(folder / f"{name}.yaml")]
+    submit(data, folder / name, *flags)
 
 
 @pytest.mark.slurm
 def test_every_ending_is_survived(nodes: Path, folder: Path) -> None:
     data = write_split(folder / "data" / "train", [20, 20])
-    jobs = {}
-    for name, used in USED.items():
-        others = ",".join(str(i) for i in range(1, NODES + 1) if i not in used)
-        flags = ["--slurm.nodes", "1" if name in ALONE else "2", "--slurm.exclude", f"127.0.0.[{others}]"]
-        flags += ["--slurm.timeout", "1" if name == "time limit" else "5", "--slurm.signal-delay", "5"]
-        jobs[name] = submit(data, folder / name, *flags)
-    waiting, states = dict(DISTURBANCES), dict.fromkeys(jobs, "")
+    done = dict.fromkeys(DISTURBANCES, 0)  # how often each was disturbed
+
+    def disturb() -> None:
+        for name, ways in DISTURBANCES.items():
+            count = done[name]
+            if count < len(ways) and step(folder / name, count + 1) >= POKE_AT[count]:
+                ways[count](newest(folder / name), nodes)
+                done[name] += 1
+
+    submit_scenario("time limit", data, folder)  # alone, for on a busy machine a minute is short
+    wait_for(lambda: disturb() or done["time limit"] == 1, folder)
+    finished = folder / "cancelled" / "checkpoint-every=1" / "backbone.safetensors"
+    finished.parent.mkdir(parents=True)
+    finished.touch()
+    for name in USED:
+        if name != "time limit":
+            submit_scenario(name, data, folder)
+    array = [newest(folder / name).split("_") for name in DISTURBANCES if "array" in name]
+    assert [job[1:] for job in array] == [["0"], ["1"]]
+    assert array[0][0] == array[1][0]
+
+    states = dict.fromkeys([*DISTURBANCES, "undisturbed", "undisturbed, one process"], "")
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and set(states.values()) != {"COMPLETED"}:
-        for name, job in list(jobs.items()):
-            if name in waiting and step(folder / name) >= POKE_AT:
-                waiting.pop(name)(job, nodes)
-            states[name] = job_state(job)
-            if states[name] == "CANCELLED" and name == "cancelled":
-                convscope("slurm", "resume", str(folder / name))
-                jobs[name] = str(submissions(folder / name)[-1]["job"])
-        time.sleep(0.3)
+        for name in [name for name in states if states[name] != "COMPLETED"]:
+            disturb()
+            states[name] = state_of(folder / name, submissions(folder / name)[-1]).name
+            if states[name] == "CANCELLED" and name.startswith("cancelled/"):
+                convscope("slurm", "resume", str(folder / "cancelled"))
+            time.sleep(0.1)
 
-    assert states == dict.fromkeys(jobs, "COMPLETED"), logs(folder)
+    assert states == dict.fromkeys(states, "COMPLETED"), logs(folder)
     assert "was superseded" in logs(folder, "zombie")
-    for name in DISTURBANCES:
-        reference = folder / ("undisturbed, one process" if name in ALONE else "undisturbed")
-        expected, found = (load_file(run / "backbone.safetensors") for run in (reference, folder / name))
+    for name, ways in DISTURBANCES.items():
+        run, reference = folder / name, folder / ("undisturbed, one process" if name in ALONE else "undisturbed")
+        expected, found = load_file(reference / "backbone.safetensors"), load_file(run / "backbone.safetensors")
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
-        assert metrics(folder / name) == metrics(reference), name
-        assert len(list((folder / name / "attempts").glob("*.json"))) >= 2, name
+        assert metrics(run) == metrics(reference), name
+        attempts = [json.loads(file.read_text()) for file in sorted((run / "attempts").glob("*.json"))]
+        assert len(attempts) == 1 + len(ways), name  # and nobody else's requeue
+        if name.split("/")[0] in SAVES:
+            assert attempts[1]["step"] >= POKE_AT[0], name  # the last checkpoint alone would be of an earlier one
+    assert [len(submissions(run)) for run in sorted((folder / "cancelled").glob("check*"))] == [0, 2]
 
 
 def logs(folder: Path, run: str = "*") -> str:
     """The end of every log."""
-    files = sorted(folder.glob(f"{run}/slurm/*_log.err"))
-    return "\n".join(f"{file}: {file.read_text(errors='replace')[-1500:]}" for file in files)
+    files = [*folder.glob(f"{run}/slurm/*_log.err"), *folder.glob(f"{run}/slurm/*_log.out")]
+    return "\n".join(f"{file}: {file.read_text(errors='replace')[-1500:]}" for file in sorted(files))
 
 
-def wait_for(done: Callable[[], bool], folder: Path, seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(done: Callable[[], bool], folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not done():
         assert time.monotonic() < deadline, logs(folder)
         time.sleep(0.3)
@@ -204,26 +257,28 @@ def exported(run: Path) -> bool:
 
 
 @pytest.mark.slurm
-def test_arrays_gpus_and_jobs_that_submit_jobs(nodes: Path, folder: Path) -> None:
-    data, file = write_split(folder / "data" / "train", [20]), folder / "sweep.yaml"
-    file.write_text("seed: [0, 1]\n")
-    short = ("--steps", "4", "--slurm.timeout", "5")
-    first, second = folder / "first", folder / "second"
-    words = ["pretrain", "spark", "--data", str(data), *RUN]
-    inner = " ".join([*words, "--output-dir", str(second), *short, "--slurm.gpus-per-node", "2"])
-    submit(data, first, *short, "--slurm.gpus-per-node", "1", "--slurm.then", inner)
-    sweep = [*words, "--output-dir", str(folder / "sweep"), *short, "--sweep", str(file)]
-    submitted = convscope(*sweep).split()
-    assert submitted[1].rsplit("_", 1) == [submitted[4].rsplit("_", 1)[0], "0"]  # one array
-    points = [folder / "sweep" / f"seed={seed}" for seed in (0, 1)]
-    wait_for(lambda: all(map(exported, [first, second, *points])), folder)
+def test_gpus_and_what_follows_a_run(nodes: Path, folder: Path) -> None:
+    """A process for each GPU, `eval` after a run, and a job that submits a job."""
+    data = write_split(folder / "data" / "train", [40]).parent
+    write_split(data / "test", [20])
+    first, second, short = folder / "first", folder / "second", ("--steps", "4", "--slurm.timeout", "15")
+    inner = ["pretrain", "spark", "--data", str(data), *RUN, "--output-dir", str(second), *short]
+    submit(data, first, *short, "--slurm.gpus-per-node", "2", "--slurm.then", "eval --workers 0")
+    submit(data, folder / "outer", *short, "--slurm.then", " ".join([*inner, "--slurm.gpus-per-node", "1"]))
+    results = [first / "results" / f"{task}.json" for task in ("linear-probe", "knn")]
+    wait_for(lambda: exported(second) and all(result.is_file() for result in results), folder)
     worlds = [json.loads((run / "attempts" / "0001.json").read_text())["world"] for run in (first, second)]
-    assert worlds == [1, 2]  # a process for each GPU
-    weights = [load_file(run / "backbone.safetensors")["conv1.weight"] for run in points]
-    assert not torch.equal(*weights)
+    assert worlds == [2, 1]
 
-    wait_for(lambda: all(job_state(str(submissions(run)[-1]["job"])) == "COMPLETED" for run in points), folder)
-    (points[1] / "backbone.safetensors").unlink()
-    submitted = convscope(*sweep).split()
-    assert submitted[2:] == [str(points[1])]  # the other one is finished
-    wait_for(lambda: exported(points[1]), folder)
+
+@pytest.mark.slurm
+def test_what_follows_a_run_that_is_cancelled_does_not_wait_for_ever(nodes: Path, folder: Path) -> None:
+    data = write_split(folder / "data" / "train", [20])
+    said = convscope(
+        *("pretrain", "spark", "--data", str(data), "--output-dir", str(folder / "run"), *RUN),
+        *("--slurm.arg", "begin=now+3600", "--slurm.then", f"shards check {data}"),
+    ).split()
+    follower = said[said.index("then:") - 1]
+    assert not job_state(follower).ended
+    convscope("slurm", "cancel", str(folder / "run"))
+    wait_for(lambda: job_state(follower).name == "CANCELLED", folder)

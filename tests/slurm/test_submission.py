@@ -1,26 +1,22 @@
 """Flags, sweeps, snapshots and the job object, without a cluster."""
 
-import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from convscope.cli import main
 from convscope.core.checkpoint import SUPERSEDED, RunDirectory
 from convscope.core.errors import UserError
-from convscope.slurm.job import group_variables, stuck
+from convscope.slurm.job import group_variables
+from convscope.slurm.points import following, read_point, sweep_points
 from convscope.slurm.settings import SlurmSettings, split
-from convscope.slurm.submit import snapshot, sweep_points
+from convscope.slurm.submit import snapshot
 from tests.core.data.tars import write_split
-from tests.core.training.small_run import FLAGS, command, metrics
-from tests.core.training.test_resume import run_until_step
+from tests.core.training.small_run import spark
 
 
 def test_flags_are_taken_out_of_a_command_line(tmp_path: Path) -> None:
@@ -61,13 +57,92 @@ def test_flags_are_taken_out_of_a_command_line(tmp_path: Path) -> None:
         (["--slurm.nodes", "--data"], "--slurm.nodes needs a value"),
         (["--slurm.nodes", "two"], "takes a whole number"),
         (["--slurm.nodes", "0"], "at least 1"),
-        (["--slurm.arg", "exclusive"], "key=value"),
+        (["--slurm.arg", "--exclusive"], "written --slurm.arg=--value"),
+        (["--slurm.arg=--exclusive"], "without dashes"),
+        (["--slurm.local=perhaps"], "takes true or false"),
+        (["--slurm.local", "--slurm.nodes", "2"], "this one machine"),
         (["--slurm.config", "nowhere.yaml"], "cannot read nowhere.yaml"),
     ],
 )
 def test_wrong_flags(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         split(words)
+
+
+def test_a_sites_file_is_read_as_it_is_written(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "timeout: 24:00:00\nmem: 64\ngpus_per_node: 8\nlocal: no\nsetup: [module load cuda]\narg: exclusive\n"
+    )
+    _, settings = split(["--slurm.config", str(site)])
+    expected = {"timeout": "24:00:00", "mem": "64", "gpus_per_node": 8, "setup": ("module load cuda",)}
+    assert settings == SlurmSettings(**expected, arg=("exclusive",), config=str(site))
+    site.write_text("timeout: 60\n")
+    _, settings = split(["--slurm.config", str(site), "--slurm.dry-run=yes", "--slurm.local=false"])
+    assert settings == SlurmSettings(timeout="60", dry_run=True, config=str(site))
+    for text, said in (
+        ("nodes: many", "nodes takes a whole number, got 'many'"),
+        ("partition: [a]", "partition takes one value"),
+        ("hosts: 2", "unknown key hosts"),
+        ("- nodes", "holds no mapping"),
+    ):
+        site.write_text(text)
+        with pytest.raises(UserError, match=said):
+            split(["--slurm.config", str(site)])
+
+
+def shown_script(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    main([*words, "--slurm.dry-run"])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_every_option_is_in_the_script_and_none_needs_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no srun there
+    run = tmp_path / "a run"
+    expected = {
+        "--slurm.nodes 4": "#SBATCH --nodes=4",
+        "--slurm.gpus-per-node 8": "#SBATCH --gpus-per-node=8",
+        "--slurm.tasks-per-node 2": "#SBATCH --ntasks-per-node=2",
+        "--slurm.cpus-per-task 6": "#SBATCH --cpus-per-task=6",
+        "--slurm.mem 64G": "#SBATCH --mem=64G",
+        "--slurm.timeout 2-00:00:00": "#SBATCH --time=2-00:00:00",
+        "--slurm.signal-delay 300": "#SBATCH --signal=USR2@300",
+        "--slurm.partition gpu": "#SBATCH --partition=gpu",
+        "--slurm.account me": "#SBATCH --account=me",
+        "--slurm.qos high": "#SBATCH --qos=high",
+        "--slurm.constraint a100": "#SBATCH --constraint=a100",
+        "--slurm.exclude n[1-3]": "#SBATCH --exclude='n[1-3]'",
+        "--slurm.name spark": "#SBATCH --job-name=spark",
+        "--slurm.setup=ulimit\u00a0-n": "ulimit\u00a0-n",
+        "--slurm.arg comment=x=y": "#SBATCH --comment=x=y",
+        "--slurm.arg exclusive": "#SBATCH --exclusive",
+    }
+    flags = [word for option in expected for word in option.split(" ")]
+    python = ["--slurm.python", "run image.sif python", "--slurm.srun-arg=--mpi=pmix", "--slurm.max-restarts", "7"]
+    lines = shown_script(capsys, *spark(tmp_path, run), *flags, *python, "--slurm.patience", "5")
+    assert set(expected.values()) <= set(lines)
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
+    command = next(line for line in lines if line.startswith("srun "))
+    assert "--kill-on-bad-exit=1 --mpi=pmix --cpus-per-task=6 run image.sif python -P -u -m submitit" in command
+    code = next(line for line in lines if line.startswith("export PYTHONPATH="))
+    assert code.startswith(f"export PYTHONPATH='{run}/slurm/code/")
+    assert code.endswith("'${PYTHONPATH:+:$PYTHONPATH}")
+    teardown = "\n".join(lines[lines.index(command) :])
+    assert '[ "$again" -ge 7 ]' in teardown
+    assert '[ "$same" -ge 5 ]' in teardown
+    assert f"homes=('{run}')" in teardown
+    assert subprocess.run(["/bin/bash", "-n"], input="\n".join(lines), text=True).returncode == 0
+    assert not run.exists()
+
+
+def test_the_script_of_a_sweep_is_an_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("seed: [0, 1, 2]\n")
+    words = [*spark(tmp_path, tmp_path / "out"), "--sweep", str(file)]
+    assert "#SBATCH --array=0-2%2" in shown_script(capsys, *words, "--slurm.parallel", "2")
+    assert "#SBATCH --array=0-2%3" in shown_script(capsys, *words)
 
 
 def test_points_of_a_sweep(tmp_path: Path) -> None:
@@ -85,6 +160,52 @@ def test_points_of_a_sweep(tmp_path: Path) -> None:
     file.write_text("lr: [1]")
     with pytest.raises(UserError, match="needs --output-dir"):
         sweep_points(["pretrain", "spark"], file)
+
+
+def test_where_the_files_of_a_job_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, run = write_split(tmp_path / "data" / "train", [20]).parent, tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    jobs = tmp_path / "slurm-jobs"
+    for words in (
+        ["eval", "knn", "timm:resnet18@random", "--data", str(data)],
+        ["eval", "knn", str(run), "--data", str(data)],
+        ["shards", "build", str(data), str(tmp_path / "out")],
+    ):
+        point = read_point(words)
+        assert (point.home.parent, point.is_run, point.finished) == (jobs, False, False)
+        assert point.home.name.startswith("-".join(words[:2]) + "-")
+        assert read_point(words).home == point.home
+        assert read_point([*words[:-1], "elsewhere"]).home != point.home
+    main(spark(data / "train", Path("run"), "--steps", "1"))
+    assert read_point(["pretrain", "spark", "--config", "run/config.yaml"]).home == run
+    tuned = ["eval", "fine-tune", str(run), "--data", str(data), "--output-dir", "tuned", "--epochs", "1"]
+    assert (read_point(tuned).home, read_point(tuned).is_run) == (tmp_path / "tuned", True)
+
+
+def test_what_follows_a_run(tmp_path: Path) -> None:
+    data = write_split(tmp_path / "data" / "train", [20]).parent
+    runs = [read_point(spark(data, tmp_path / name)) for name in ("a", "b")]
+    with pytest.raises(UserError, match="test"):  # there is no such split
+        following("eval", runs)
+    write_split(data / "test", [4])
+    lines = following("convscope eval", runs)
+    assert [(line[:2], waits_for) for line, waits_for in lines] == [
+        (("eval", "linear-probe"), [0]),
+        (("eval", "knn"), [0]),
+        (("eval", "linear-probe"), [1]),
+        (("eval", "knn"), [1]),
+    ]
+    assert lines[1][0][2:] == (str(tmp_path / "a"), "--data", str(data))
+    assert following("eval --data timm", runs[:1])[0][0][2:] == (str(tmp_path / "a"), "--data", "timm")
+    free = ("eval", "knn", "timm:x", "--data", "d d", "--slurm.nodes", "1")
+    assert following("eval knn timm:x --data 'd d' --slurm.nodes 1", runs) == [(free, [0, 1])]
+    for wrong, said in (("eval --k many", "--k"), ("eval nothing", "no command"), ("eval knn", "data")):
+        with pytest.raises(UserError, match=said):
+            following(wrong, runs)
+    mixed = read_point([*spark(data, tmp_path / "c"), "--data", str(data), str(data)])
+    with pytest.raises(UserError, match="say on which data"):
+        following("eval", [mixed])
 
 
 def test_code_is_copied_once_for_each_state(tmp_path: Path) -> None:
@@ -112,21 +233,12 @@ def test_variables_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert group_variables(1, 4, 1, "node1")["MASTER_PORT"] != first["MASTER_PORT"]
 
 
-def test_attempts_without_progress(tmp_path: Path) -> None:
-    (tmp_path / "attempts").mkdir()
-    for number, step in enumerate((0, 20, 20, 20, 20), start=1):
-        assert not stuck(tmp_path, 3)
-        (tmp_path / "attempts" / f"{number:04d}.json").write_text(json.dumps({"step": step}))
-    assert stuck(tmp_path, 3)
-    assert not stuck(tmp_path, 4)
-
-
 def test_an_attempt_that_was_superseded_writes_nothing(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, takes_over=True) as old:
-        old.start_attempt({"step": 0})
+        old.start_attempt()
         old.save(1, {"step": 1}, keep=2)
         with RunDirectory(tmp_path, takes_over=True) as new:
-            new.start_attempt({"step": 1})
+            new.start_attempt()
             for write in (lambda: old.save(2, {"step": 2}, keep=2), lambda: old.append_metrics({"step": 2})):
                 with pytest.raises(SystemExit) as ended:
                     write()
@@ -137,56 +249,17 @@ def test_an_attempt_that_was_superseded_writes_nothing(tmp_path: Path) -> None:
         assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_time_limits_signal_saves(tmp_path: Path) -> None:
-    data = write_split(tmp_path / "train", [20])
-    words = command(data, tmp_path / "run", "--workers", "1", "--steps", "4000", "--checkpoint-every", "3000")
-    assert run_until_step(words, tmp_path / "run", 3, signal.SIGUSR2) == 128 + signal.SIGUSR2
-    assert 0 < metrics(tmp_path / "run")[-1]["step"] < 3000
-    assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
-
-
-def spark(data: Path, run: Path, *flags: str) -> list[str]:
-    return ["pretrain", "spark", "--data", str(data), "--output-dir", str(run), *FLAGS, "--workers", "0", *flags]
-
-
-def test_the_same_job_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, run = write_split(tmp_path / "train", [20]), tmp_path / "run"
-    main(spark(data, run, "--slurm.local", "--slurm.tasks-per-node", "2"))
-    assert "follow with: convscope slurm logs" in capsys.readouterr().err
-    main(["slurm", "status", str(run)])
-    shown = capsys.readouterr().out
-    assert "step 24 of 24 (100.0%)" in shown
-    assert "attempts  1" in shown
-    assert json.loads((run / "attempts" / "0001.json").read_text())["world"] == 2
-    main(["slurm", "resume", str(run)])  # finished: nothing changes
-    assert len(metrics(run)) == 8
-
-
-def test_a_sweep_here_skips_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, file = write_split(tmp_path / "train", [20]), tmp_path / "sweep.yaml"
-    file.write_text("seed: [0, 1]\n")
-    words = [*spark(data, tmp_path / "sweep", "--steps", "3"), "--sweep", str(file), "--slurm.local"]
-    main(words)
-    runs = [tmp_path / "sweep" / f"seed={seed}" for seed in (0, 1)]
-    before = [load_file(run / "backbone.safetensors") for run in runs]
-    assert not torch.equal(before[0]["conv1.weight"], before[1]["conv1.weight"])
-    (runs[1] / "backbone.safetensors").unlink()
-    stamp = (runs[0] / "metrics.jsonl").stat().st_mtime
-    time.sleep(0.01)
-    capsys.readouterr()
-    main(words)
-    assert "1 of 2 points are finished" in capsys.readouterr().err
-    assert (runs[0] / "metrics.jsonl").stat().st_mtime == stamp
-    assert (runs[1] / "backbone.safetensors").is_file()
-
-
 def test_mistakes_are_told_before_anything_is_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("mask_ratio: [0.5, 7]\n")
     for words, said in (
         (["slurm", "status", str(tmp_path)], "was never submitted"),
         (["slurm", "resume", str(tmp_path)], "was never submitted"),
         (["slurm", "cancel", str(tmp_path)], "no job for"),
         (spark(tmp_path, tmp_path / "run", "--mask-ratio", "7", "--slurm.dry-run"), "--mask-ratio"),
         ([*spark(tmp_path, tmp_path / "run"), "--sweep", "x.yaml"], "add --slurm.* flags"),
+        ([*spark(tmp_path, tmp_path / "run"), "--sweep", str(sweep), "--slurm.dry-run"], "--mask-ratio"),
+        ([*spark(tmp_path, tmp_path / "run"), "--slurm.then", "eval knn", "--slurm.dry-run"], "--data"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(words)

@@ -36,7 +36,7 @@ from convscope.core.training.optimization import (
     count_parameters,
     peak_lr,
 )
-from convscope.core.training.stop import Stop, leave, stop_signal
+from convscope.core.training.stop import Agreement, leave, stop_signal
 from convscope.core.training.window import Window
 
 
@@ -101,6 +101,7 @@ class _Trainer:
         self.clip = optimization.clip
         self.window = Window(device)
         self.order = order_of(data.shards, config.seed, weights=data.weights, indices=data.indices)
+        self.run.start_attempt()  # before anything is read that an earlier attempt, still alive, could change
         self.step = self._resume()
         wrapped = distributed.wrap(objective, device)
         self.model: nn.Module = torch.compile(wrapped) if config.compile else wrapped  # type: ignore[assignment]
@@ -126,6 +127,7 @@ class _Trainer:
         for hook in hooks:
             hook.start(state)
         with stop_signal() as stop, progress("training", self.total_steps - self.step, enabled=main) as ticker:
+            agreement = Agreement(stop, self.device, self.step, self.config.log_every)
             while self.step < self.total_steps:
                 self.schedule.set(self.step)
                 self._seed()
@@ -141,7 +143,7 @@ class _Trainer:
                 for hook in hooks:
                     hook.after_step(state)
                 ticker.advance(note=self.window.note)
-                stopping = self._stop_agreed(stop)
+                stopping = agreement.reached(self.step)
                 if done or stopping or self.step % self._checkpoint_every() == 0:
                     self._save()
                 if stopping and not done:
@@ -302,19 +304,11 @@ class _Trainer:
         self.run.rewind(state["step"])
         return int(state["step"])
 
-    def _stop_agreed(self, stop: Stop) -> bool:
-        """Whether any process was asked to stop; on CUDA the processes only meet at log steps."""
-        if distributed.world() == 1:
-            return stop.signal is not None
-        if self.device.type == "cuda" and self.step % self.config.log_every:
-            return False
-        return distributed.sum_over_ranks(int(stop.signal is not None)) > 0
-
     def _announce(self, optimization: OptimizerConfig) -> None:
         if not distributed.is_main():
             return
         record = {"step": self.step, "total_steps": self.total_steps, "world": distributed.world()}
-        self.run.start_attempt({**record, **environment()})
+        self.run.describe_attempt({**record, **environment()})
         peak = peak_lr(optimization, self.config.batch_size)
         info(
             f"{count_parameters(self.objective) / 1e6:.2f} M parameters on {self.device} x {distributed.world()}; "

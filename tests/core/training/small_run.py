@@ -32,6 +32,11 @@ def command(data: Path, output: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "convscope", *words]
 
 
+def spark(data: Path, output: Path, *flags: str) -> list[str]:
+    """The words of the run for `cli.main`, which reads in this process."""
+    return command(data, output, "--workers", "0", *flags)[3:]
+
+
 def finish(data: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
     done = subprocess.run(command(data, output, *flags), capture_output=True, text=True, timeout=300)
