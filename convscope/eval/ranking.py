@@ -70,6 +70,7 @@ def relevant_places(
             similar.scatter_(1, itself, -torch.inf)
             relevant = relevant.scatter(1, itself, False)
         yield from map(places, similar, relevant)
+        del similar, relevant  # before the next block is made
 
 
 def inverse_lengths(x: Tensor, device: torch.device) -> Tensor:
@@ -106,9 +107,13 @@ def places(similarity: Tensor, relevant: Tensor) -> Tensor:
     """
     wanted = similarity[relevant].sort().values  # ascending
     count = len(wanted)
-    others = similarity[~relevant]
-    reached = torch.searchsorted(wanted, others, right=True, out_int32=True)  # how many wanted ones are no more similar
-    before = torch.bincount(reached, minlength=count + 1)[1:].flip(0).cumsum(0)  # of the best wanted one first
+
+    def reach(values: Tensor) -> Tensor:
+        """How many of the values are as similar as just the first n wanted ones, (R + 1,) for each n from 0."""
+        return torch.bincount(torch.searchsorted(wanted, values, right=True, out_int32=True), minlength=count + 1)
+
+    others = reach(similarity) - reach(wanted)
+    before = others[1:].flip(0).cumsum(0)  # irrelevant ones that are at least as similar; best wanted one first
     return before + torch.arange(count, device=before.device)
 
 

@@ -32,7 +32,8 @@ from convscope.eval.ranking import SIMILARITIES, Ranking, Relevance, average_pre
 from convscope.eval.search_index import IndexSettings, build_index, recall_against_exact
 
 TASK = "retrieval"
-PROTOCOL = "image-image/2"  # 2: of equally similar images the relevant ones come last
+PROTOCOL = "image-image"
+VERSION = 2  # 2: of equally similar images the relevant ones come last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def evaluate(backbone: Backbone, gallery: ShardSet, queries: ShardSet, config: R
         queries,
         config,
         task=TASK,
-        protocol=PROTOCOL,
+        protocol=f"{PROTOCOL if config.index == 'flat' else f'{PROTOCOL}-{config.index}'}/{VERSION}",
         figures=figures_by_layer(ranked),
         details={
             "recall_at": config.recall_at,
