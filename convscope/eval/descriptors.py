@@ -35,7 +35,7 @@ class DescriptorCommand(EvalSettings):
     model: tyro.conf.Positional[str]
     """Checkpoint, run directory, or timm:NAME (docs/design.md, Models)."""
     image_size: int = 1024
-    """Pixels."""
+    """Pixels of the longest side; larger pictures are made smaller."""
     pooling: Pooling = "gem"
     """How the last map becomes a vector; cls+gem is the class token and the pooled rest side by side, pooled is the
     network's own way."""

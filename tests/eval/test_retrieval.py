@@ -91,11 +91,19 @@ def test_what_an_index_misses_counts_as_never_found() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite(value: float) -> None:
+@pytest.mark.parametrize("index", ["flat", "ivf"])
+def test_features_that_are_not_finite(value: float, index: str) -> None:
     queries = features(20, 1)
     queries.x[7, 3] = value
     with pytest.raises(UserError, match="image 7 "):
-        retrieval(features(20, 0), queries, RetrievalConfig(device="cpu"))
+        retrieval(features(20, 0), queries, RetrievalConfig(device="cpu", index=index))
+
+
+def test_an_empty_side() -> None:
+    whole, none = features(20, 0), features(0, 1)
+    for gallery, queries in ((whole, none), (none, whole)):
+        with pytest.raises(UserError, match="do not fit"):
+            retrieval(gallery, queries, RetrievalConfig(device="cpu"))
 
 
 def test_queries_without_an_answer() -> None:
@@ -118,3 +126,8 @@ def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(name in printed for name in names)
     run(RetrievalCommand(**config, test_split="train"))
     assert load_result(output).details["skip_self"]
+    run(RetrievalCommand(**config, index="ivf", nlist=2, recall_at=(1,)))
+    approximate = load_result(output)
+    assert approximate.protocol == "image-image-ivf/2"  # never taken for the exact one
+    assert set(approximate.figures) == {"recall@1", "map", "index recall@1"}
+    assert approximate.details["index"]["nlist"] == 2
