@@ -121,9 +121,10 @@ def _index_details(config: RetrievalConfig) -> dict[str, Any]:
 def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> Mapping[str, Figure]:
     """Recall at each k and mean average precision over the whole ranking; both with intervals over the queries.
 
-    With an approximate index, the ranking ends after its candidates, and `index recall@k` says how much of the exact
-    search it finds. Queries without a relevant image are left out. With several labels an image, one in common is
-    enough to be relevant.
+    With an approximate index the ranking ends after its candidates. `map@1000` counts what is relevant but not among
+    them as never found, and `index recall@k` says how much of the exact search the index finds.
+
+    Queries without a relevant image are left out. With several labels an image, one in common is enough.
 
     Raises:
         UserError: labels are missing or do not fit, the gallery is empty, features are not finite.
@@ -136,14 +137,16 @@ def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> 
 
     device, skip_self = pick_device(config.device), config.skip_self
     figures: dict[str, Figure] = {}
+    precision = "map"
     if config.index == "flat":
         ranking = exact_ranking(gallery.x, queries.x, relevance, device=device, skip_self=skip_self)
     else:
         for part in (gallery.x, queries.x):
             inverse_lengths(part, device)  # refuses what is not finite
         index = build_index(gallery.x, config, device=device, seed=config.seed)
-        depth = max(config.candidates, *config.recall_at) + skip_self
-        found = index.search(queries.x, min(depth, len(gallery.x)))
+        depth = min(max(config.candidates, *config.recall_at), len(gallery.x) - skip_self)
+        precision = f"map@{depth}"
+        found = index.search(queries.x, depth + skip_self)
         ranking = candidate_ranking(found, len(gallery.x), relevance, skip_self=skip_self)
         shares = recall_against_exact(index, gallery.x, queries.x, config.recall_at, device)
         figures = {f"index recall@{k}": bootstrap(share.numpy(), seed=config.seed) for k, share in shares.items()}
@@ -151,7 +154,7 @@ def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> 
     if not bool(asked.any()):
         raise UserError("no query has another image of its label in the gallery")
     recalls = {f"recall@{k}": ranking.hits(k)[asked].numpy() for k in config.recall_at}
-    answers = {**recalls, "map": ranking.average_precision[asked].numpy()}
+    answers = {**recalls, precision: ranking.average_precision[asked].numpy()}
     return {name: bootstrap(values, seed=config.seed) for name, values in answers.items()} | figures
 
 

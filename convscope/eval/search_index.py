@@ -16,6 +16,7 @@ IndexKind = Literal["flat", "ivf", "pq", "ivf-pq", "hnsw"]
 PQ_BITS, PQ_PARTS = 8, 64  # a code is a byte for each of at most 64 parts
 HNSW_LINKS, HNSW_BUILD_EF = 32, 200  # build: as in the paper's experiments; faiss's own 40 loses recall
 TRAIN_PER_CELL, TRAIN_LEAST = 64, 2**15  # rows that a clustering is learned from
+CELL_LEAST = 39  # images in a cell, in the mean, below which faiss warns
 ON_GPU = ("ivf", "ivf-pq")  # kinds of which faiss has a GPU version
 SAMPLE = 1000  # queries that are compared with the exact search
 TOLERANCE = 1e-5  # of a similarity in float32
@@ -31,7 +32,7 @@ class IndexSettings:
     candidates: int = 1000
     """Images that an approximate index returns for a query; what it misses counts as never found."""
     nlist: int | None = None
-    """Cells of ivf; default 4 times the root of the gallery's size."""
+    """Cells of ivf; default 4 times the root of the gallery's size, less for a small one."""
     nprobe: int = 16
     """Cells that are searched."""
     m: int | None = None
@@ -125,7 +126,7 @@ def _recipe(settings: IndexSettings, count: int, width: int) -> tuple[str, dict[
         return f"HNSW{used['m']},Flat", used
     parts = []
     if settings.index.startswith("ivf"):
-        nlist = settings.nlist or min(max(1, round(4 * count**0.5)), count)
+        nlist = settings.nlist or max(1, min(round(4 * count**0.5), count // CELL_LEAST))
         if nlist > count:
             raise UserError(f"--nlist {nlist} is more than the {count} images of the gallery")
         used |= {"nlist": nlist, "nprobe": min(settings.nprobe, nlist)}
