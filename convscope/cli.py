@@ -59,6 +59,12 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("eval", "retrieval"): Command(
         "convscope.eval.retrieval", "RetrievalCommand", "image-to-image and image-text retrieval"
     ),
+    ("eval", "landmarks"): Command(
+        "convscope.eval.landmarks", "LandmarksCommand", "revisited Oxford and Paris, easy, medium and hard"
+    ),
+    ("eval", "copy-detection"): Command(
+        "convscope.eval.copy_detection", "CopyDetectionCommand", "altered copies look for their originals"
+    ),
     ("eval", "zero-shot"): Command(
         "convscope.eval.zero_shot", "ZeroShotCommand", "classes by their names, with an image-text model"
     ),

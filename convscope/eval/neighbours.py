@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from convscope.eval.common import EvalSettings
 
 SIMILARITIES = 2**27  # held at a time
+NUMBERS = 2**26  # of features that are normalised at a time, 256 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ def neighbours(
 ) -> tuple[Tensor, Tensor]:
     """The k most similar train rows of each test row by cosine, exactly: similarity and index (Q, k), best first.
 
+    Both may be memory maps or of lower precision: some rows at a time are made unit vectors of float32.
+
     Args:
         train_x: (N, D).
         test_x: (Q, D).
@@ -31,16 +34,30 @@ def neighbours(
         device: faiss searches on the CPU, torch elsewhere.
         skip_self: test row i is train row i and does not count among its own neighbours.
     """
-    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
-    if device.type == "cpu" and (searched := search_faiss(train_x, test_x, k + skip_self)) is not None:
-        similarity, index = searched
-    else:
-        similarity, index = search_torch(train_x, test_x, k + skip_self, device)
+    rows = max(1, NUMBERS // train_x.shape[1])
+    found = [_nearest(train_x, part, k + skip_self, rows, device) for part in torch.split(test_x, rows)]
+    similarity, index = (torch.cat(parts) for parts in zip(*found))
     if not skip_self:
         return similarity, index
     drop = index == torch.arange(len(index))[:, None]
     drop[~drop.any(1), -1] = True  # among more than k copies of an image it may be missing itself
     return similarity[~drop].view(-1, k), index[~drop].view(-1, k)
+
+
+def _nearest(train_x: Tensor, test_x: Tensor, k: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`neighbours` of a block of test rows: those in each block of train rows, and of these the best."""
+    test_x = F.normalize(test_x.float(), dim=1)
+    similarity = torch.empty(len(test_x), 0)
+    index = torch.empty(len(test_x), 0, dtype=torch.int64)
+    for start in range(0, len(train_x), rows):
+        part = F.normalize(train_x[start : start + rows].float(), dim=1)
+        near = search_faiss(part, test_x, min(k, len(part))) if device.type == "cpu" else None
+        near = near or search_torch(part, test_x, min(k, len(part)), device)
+        similarity, index = torch.cat([similarity, near[0]], 1), torch.cat([index, near[1] + start], 1)
+        if start:  # of one block alone they are in order
+            similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            index = index.gather(1, best)
+    return similarity, index
 
 
 def search_faiss(train_x: Tensor, test_x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -49,9 +66,7 @@ def search_faiss(train_x: Tensor, test_x: Tensor, k: int) -> tuple[Tensor, Tenso
         import faiss
     except ImportError:
         return None
-    index = faiss.IndexFlatIP(train_x.shape[1])
-    index.add(train_x.numpy())
-    similarity, found = index.search(test_x.numpy(), k)
+    similarity, found = faiss.knn(test_x.numpy(), train_x.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(similarity), torch.from_numpy(found)
 
 

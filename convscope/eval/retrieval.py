@@ -1,8 +1,8 @@
 """Retrieval: test images query the train images of their own label, or images and their captions one another."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,14 +27,17 @@ from convscope.eval.common import (
     save_frozen,
 )
 from convscope.eval.features import Features
-from convscope.eval.neighbours import NeighbourSettings, neighbours
+from convscope.eval.neighbours import NeighbourSettings
+from convscope.eval.ranking import SIMILARITIES, Ranking, Relevance, average_precision, exact_ranking, inverse_lengths
+from convscope.eval.search_index import IndexSettings, build_index, recall_against_exact
 
 TASK = "retrieval"
-PROTOCOL = "image-image/1"
+PROTOCOL = "image-image"
+VERSION = 2  # 2: of equally similar images the relevant ones come last
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalConfig(NeighbourSettings):
+class RetrievalConfig(NeighbourSettings, IndexSettings):
     """What is asked of the ranking."""
 
     recall_at: tuple[int, ...] = (1, 5, 10)
@@ -42,13 +45,14 @@ class RetrievalConfig(NeighbourSettings):
 
     def __post_init__(self) -> None:
         NeighbourSettings.__post_init__(self)
+        IndexSettings.__post_init__(self)
         if not self.recall_at or min(self.recall_at) < 1:
             raise UserError(f"--recall-at must name numbers of at least 1, got {self.recall_at}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalCommand(FrozenFeatures, RetrievalConfig):
-    """Retrieval by cosine similarity, exact. Between images, the train split is the gallery and the test split asks."""
+    """Retrieval by cosine similarity. Between images, the train split is the gallery and the test split asks."""
 
     mode: Literal["image-image", "image-text"] = "image-image"
     """image-image: images of the same label. image-text: images and their captions, both ways, within the test split;
@@ -61,6 +65,8 @@ class RetrievalCommand(FrozenFeatures, RetrievalConfig):
     def __post_init__(self) -> None:
         FrozenFeatures.__post_init__(self)
         RetrievalConfig.__post_init__(self)
+        if self.mode == "image-text" and self.index != "flat":
+            raise UserError(f"--mode image-text searches exactly; --index {self.index} is for images")
 
 
 def run(config: RetrievalCommand) -> None:
@@ -92,45 +98,108 @@ def evaluate(backbone: Backbone, gallery: ShardSet, queries: ShardSet, config: R
         queries,
         config,
         task=TASK,
-        protocol=PROTOCOL,
+        protocol=f"{PROTOCOL if config.index == 'flat' else f'{PROTOCOL}-{config.index}'}/{VERSION}",
         figures=figures_by_layer(ranked),
-        details={"recall_at": config.recall_at, "skip_self": config.skip_self, "layers": list(ranked)},
+        details={
+            "recall_at": config.recall_at,
+            "skip_self": config.skip_self,
+            "layers": list(ranked),
+            **_index_details(config),
+        },
         seed=config.seed,
     )
+
+
+def _index_details(config: RetrievalConfig) -> dict[str, Any]:
+    """The settings of the index as they were given; `None` is the default that the gallery's size decides."""
+    settings = {f.name: getattr(config, f.name) for f in fields(IndexSettings)}
+    if config.index == "flat":
+        return {"index": "flat", "ties": "relevant images last"}
+    return {"index": settings, "ties": "as the index returns them"}
 
 
 def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> Mapping[str, Figure]:
     """Recall at each k and mean average precision over the whole ranking; both with intervals over the queries.
 
+    With an approximate index the ranking ends after its candidates. `map@1000` counts what is relevant but not among
+    them as never found, and `index recall@k` says how much of the exact search the index finds.
+
+    Queries without a relevant image are left out. With several labels an image, one in common is enough.
+
     Raises:
-        UserError: labels are missing or do not fit, or the gallery is empty.
+        UserError: labels are missing or do not fit, the gallery is empty, features are not finite.
     """
-    part = labelled(gallery, queries)
+    gallery_y, query_y = _labels(gallery, queries)
     require_same_keys(gallery, queries, config.skip_self)
-    available = len(part.train_x) - config.skip_self
-    _, index = neighbours(
-        part.train_x, part.test_x, available, device=pick_device(config.device), skip_self=config.skip_self
-    )
-    relevant = part.train_y[index] == part.test_y[:, None]  # (Q, N), best first
-    asked = relevant.any(1)  # with skip_self a label may occur once only: such a query has no answer
+
+    def relevance(asked: slice) -> Tensor:
+        return share_label(query_y[asked], gallery_y)
+
+    device, skip_self = pick_device(config.device), config.skip_self
+    figures: dict[str, Figure] = {}
+    precision = "map"
+    if config.index == "flat":
+        ranking = exact_ranking(gallery.x, queries.x, relevance, device=device, skip_self=skip_self)
+    else:
+        for part in (gallery.x, queries.x):
+            inverse_lengths(part, device)  # refuses what is not finite
+        index = build_index(gallery.x, config, device=device, seed=config.seed)
+        depth = min(max(config.candidates, *config.recall_at), len(gallery.x) - skip_self)
+        precision = f"map@{depth}"
+        found = index.search(queries.x, depth + skip_self)
+        ranking = candidate_ranking(found, len(gallery.x), relevance, skip_self=skip_self)
+        shares = recall_against_exact(index, gallery.x, queries.x, config.recall_at, device)
+        figures = {f"index recall@{k}": bootstrap(share.numpy(), seed=config.seed) for k, share in shares.items()}
+    asked = ranking.relevant > 0  # with skip_self a label may occur once only: such a query has no answer
     if not bool(asked.any()):
         raise UserError("no query has another image of its label in the gallery")
-    figures = {
-        f"recall@{k}": bootstrap(hits.numpy(), seed=config.seed)
-        for k, hits in recalls(relevant[asked], config.recall_at).items()
-    }
-    figures["map"] = bootstrap(average_precision(relevant[asked]).numpy(), seed=config.seed)
-    return figures
+    recalls = {f"recall@{k}": ranking.hits(k)[asked].numpy() for k in config.recall_at}
+    answers = {**recalls, precision: ranking.average_precision[asked].numpy()}
+    return {name: bootstrap(values, seed=config.seed) for name, values in answers.items()} | figures
 
 
-def recalls(relevant: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-    """Whether one of the first k is relevant, (Q,) for each k. relevant: (Q, N) bool, best first."""
-    first = relevant.to(torch.uint8).argmax(1)
-    return {k: relevant.any(1) & (first < k) for k in ks}
+def share_label(query_y: Tensor, gallery_y: Tensor) -> Tensor:
+    """Which gallery images have a label in common with each query, bool (Q, N).
+
+    Labels are classes, (Q,) and (N,), or 1 for each that is present, (Q, C) and (N, C).
+    """
+    if gallery_y.ndim == 1:
+        return query_y[:, None] == gallery_y
+    return (query_y == 1).float() @ (gallery_y == 1).float().T > 0
 
 
-def average_precision(relevant: Tensor) -> Tensor:
-    """Mean over the relevant places of the precision up to each, (Q,). relevant: (Q, N) bool, best first."""
-    hits = relevant.double()
-    precision = hits.cumsum(1) / torch.arange(1, relevant.shape[1] + 1, dtype=torch.float64)
-    return (precision * hits).sum(1) / hits.sum(1)
+def candidate_ranking(found: Tensor, count: int, relevance: Relevance, *, skip_self: bool = False) -> Ranking:
+    """The ranking that an index's candidates make; what is not among them is never found.
+
+    Args:
+        found: positions in the gallery (Q, K), best first, -1 for none.
+        count: the gallery's size N.
+        relevance: asked for consecutive queries.
+        skip_self: query i is gallery image i, which does not count.
+    """
+    precision, first, relevant = [], [], []
+    rows = max(1, SIMILARITIES // count)
+    for number, row in enumerate(found):
+        if number % rows == 0:
+            block = relevance(slice(number, min(number + rows, len(found))))
+        mask = block[number % rows]
+        if skip_self:
+            mask[number] = False
+            row = row[row != number]
+        ranks = mask[row[row >= 0]].nonzero()[:, 0]
+        total = int(mask.sum())
+        precision.append(average_precision(ranks, total) if total else 0.0)
+        first.append(int(ranks[0]) if len(ranks) else count)
+        relevant.append(total)
+    return Ranking(torch.tensor(precision, dtype=torch.float64), torch.tensor(first), torch.tensor(relevant))
+
+
+def _labels(gallery: Features, queries: Features) -> tuple[Tensor, Tensor]:
+    """Labels of both parts: classes (N,) numbered from 0, or several labels an image (N, C) as they are."""
+    if gallery.y is None or queries.y is None or gallery.y.ndim == queries.y.ndim == 1:
+        part = labelled(gallery, queries)
+        return part.train_y, part.test_y
+    fit = gallery.y.shape[1:] == queries.y.shape[1:] and gallery.x.shape[1:] == queries.x.shape[1:]
+    if not fit or not len(gallery.x) or not len(queries.x):
+        raise UserError(f"gallery {tuple(gallery.x.shape)} and queries {tuple(queries.x.shape)} do not fit")
+    return gallery.y, queries.y

@@ -1,5 +1,6 @@
 """Retrieval against a loop that follows the definitions, and scikit-learn's average precision."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ from sklearn.metrics import average_precision_score
 from convscope.core.errors import UserError
 from convscope.core.results import load_result
 from convscope.eval.features import Features
-from convscope.eval.retrieval import RetrievalCommand, RetrievalConfig, average_precision, retrieval, run
+from convscope.eval.retrieval import (
+    RetrievalCommand,
+    RetrievalConfig,
+    candidate_ranking,
+    retrieval,
+    run,
+    share_label,
+)
 
 
 def features(count: int, seed: int, classes: int = 4) -> Features:
@@ -45,9 +53,62 @@ def test_against_a_loop(skip_self: bool) -> None:
     assert found["map"].low < found["map"].value < found["map"].high
 
 
-def test_average_precision_by_hand() -> None:
-    relevant = torch.tensor([[True, False, True], [False, False, True]])
-    torch.testing.assert_close(average_precision(relevant), torch.tensor([(1 + 2 / 3) / 2, 1 / 3], dtype=torch.float64))
+def test_any_common_label_is_enough() -> None:
+    """Several labels an image, one of them unknown; against a loop over pairs."""
+    gallery = torch.randint(-1, 2, (9, 3), generator=torch.Generator().manual_seed(0)).float()
+    queries = torch.randint(-1, 2, (5, 3), generator=torch.Generator().manual_seed(1)).float()
+    expected = [[any(a == b == 1 for a, b in zip(q, g)) for g in gallery.tolist()] for q in queries.tolist()]
+    assert share_label(queries, gallery).tolist() == expected
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(2))
+    found = retrieval(
+        Features([], x, gallery), Features([], x[:5] + 0.1, queries), RetrievalConfig(recall_at=(9,), device="cpu")
+    )
+    answered = sum(map(any, expected))
+    assert found["map"].n == answered
+    assert found["recall@9"].value == 1
+
+
+def test_an_index_that_searches_everything_gives_the_exact_figures() -> None:
+    """With all cells probed and all images asked for, ivf is an exhaustive search."""
+    gallery, queries = features(80, 0), features(25, 1)
+    exact = retrieval(gallery, queries, RetrievalConfig(recall_at=(1, 3), device="cpu"))
+    config = RetrievalConfig(recall_at=(1, 3), device="cpu", index="ivf", nlist=4, nprobe=4)
+    approximate = retrieval(gallery, queries, config)
+    assert approximate["index recall@1"].value == approximate["index recall@3"].value == 1
+    same = {"recall@1": "recall@1", "recall@3": "recall@3", "map": "map@80"}
+    for name, other in same.items():
+        assert approximate[other].value == pytest.approx(exact[name].value)
+    fewer = retrieval(gallery, queries, replace(config, candidates=10))
+    assert fewer["map@10"].value < exact["map"].value
+
+
+def test_what_an_index_misses_counts_as_never_found() -> None:
+    """By hand, ranked b a, of a gallery a b c d with labels 0 1 0 0; then without the query itself."""
+    labels = torch.tensor([0, 1, 0, 0])
+    found = torch.tensor([[1, 0, -1], [1, 0, -1]])
+    ranking = candidate_ranking(found, 4, lambda asked: share_label(torch.tensor([0, 0])[asked], labels))
+    assert ranking.average_precision.tolist() == pytest.approx([1 / 2 / 3] * 2)
+    assert (ranking.first.tolist(), ranking.relevant.tolist()) == ([1, 1], [3, 3])
+    both = torch.tensor([[1, 2, 0], [1, 0, -1]])
+    alone = candidate_ranking(both, 4, lambda asked: share_label(torch.tensor([0, 1])[asked], labels), skip_self=True)
+    assert alone.average_precision.tolist() == pytest.approx([1 / 2 / 2, 0])
+    assert (alone.first.tolist(), alone.relevant.tolist()) == ([1, 4], [2, 0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("index", ["flat", "ivf"])
+def test_features_that_are_not_finite(value: float, index: str) -> None:
+    queries = features(20, 1)
+    queries.x[7, 3] = value
+    with pytest.raises(UserError, match="image 7 "):
+        retrieval(features(20, 0), queries, RetrievalConfig(device="cpu", index=index))
+
+
+def test_an_empty_side() -> None:
+    whole, none = features(20, 0), features(0, 1)
+    for gallery, queries in ((whole, none), (none, whole)):
+        with pytest.raises(UserError, match="do not fit"):
+            retrieval(gallery, queries, RetrievalConfig(device="cpu"))
 
 
 def test_queries_without_an_answer() -> None:
@@ -70,3 +131,8 @@ def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(name in printed for name in names)
     run(RetrievalCommand(**config, test_split="train"))
     assert load_result(output).details["skip_self"]
+    run(RetrievalCommand(**config, index="ivf", nlist=2, recall_at=(1,)))
+    approximate = load_result(output)
+    assert approximate.protocol == "image-image-ivf/2"  # never taken for the exact one
+    assert set(approximate.figures) == {"recall@1", "map@32", "index recall@1"}
+    assert approximate.details["index"]["nlist"] == 2
