@@ -19,7 +19,8 @@ from convscope.core.errors import UserError
 from convscope.core.log import info, progress
 from convscope.core.models import load_backbone
 from convscope.core.results import EvalResult, Figure, save_result
-from convscope.eval.common import EvalSettings, default_output, percent, print_table, require_at_least
+from convscope.eval.common import EvalSettings, percent, print_table, require_at_least
+from convscope.eval.output import default_output
 from convscope.eval.pictures import Fit, PictureFiles, Pictures, find_pictures, picture_batches
 
 Pooling = Literal["gem", "avg", "max", "cls", "cls+gem", "pooled"]
@@ -212,7 +213,7 @@ def report(result: EvalResult, config: DescriptorCommand, figures: Mapping[str, 
     """Print a table and write the result where the settings say."""
     rows = [[name, percent(figure)] for name, figure in figures.items()]
     print_table(f"{result.task} {config.model}", ["figure", "value"], rows)
-    path = config.output or default_output(config.model, str(result.model["arch"]), result.task)
+    path = config.output or default_output(config.model, str(result.model["arch"]), result.task, result.data)
     save_result(path, result)
     info(f"{result.task}: wrote {path}")
 
