@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from convscope.core.backbone import create_backbone
 from convscope.core.memory import keep_freed_memory
@@ -240,9 +240,16 @@ def total(maps: list[Tensor]) -> Tensor:
 
 def count_flops(step: Callable[[], float]) -> int:
     """Multiplications and additions of convolutions and matrix products, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    grouped = {torch.ops.aten.convolution_backward: backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
         step()
     return counter.get_total_flops()
+
+
+def backward_flops(*shapes: Any, **_: Any) -> int:
+    """As many for each of the two gradients as forward takes; torch counts that of grouped weights as dense."""
+    of_out, of_x, of_weight, *_, transposed, _padding, _groups, needed = shapes[:11]
+    return conv_flop_count(of_x, of_weight, of_out, transposed=transposed) * sum(map(bool, needed[:2]))
 
 
 def saved_bytes(forward: Step, module: nn.Module, case: Case, device: torch.device) -> int:
