@@ -170,15 +170,15 @@ class RunDirectory:
         for name in ("metrics.jsonl", "skipped.jsonl"):
             file = self.path / name
             if self.main and file.exists():
-                kept = [json.dumps(line) + "\n" for line in _whole_lines(file) if line["step"] <= step]
+                kept = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] <= step]
                 write_bytes(file, "".join(kept).encode())
 
     def skipped_by_cause(self) -> Counter[str]:
         """How many samples were skipped, for each cause."""
-        return Counter(str(line["cause"]) for line in _whole_lines(self.path / "skipped.jsonl"))
+        return Counter(str(line["cause"]) for line in read_lines(self.path / "skipped.jsonl"))
 
 
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """Objects of a .jsonl file, if it exists; a kill may have cut its last line."""
     lines = []
     for text in file.read_text().splitlines() if file.exists() else ():

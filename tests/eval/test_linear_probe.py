@@ -14,18 +14,8 @@ from convscope.core.data.shard_set import open_shards
 from convscope.core.errors import UserError
 from convscope.core.results import Figure, load_result
 from convscope.eval.features import Features
-from convscope.eval.linear_probe import (
-    Heads,
-    LinearProbeCommand,
-    LinearProbeConfig,
-    evaluate,
-    fit_heads,
-    holdout_split,
-    linear_probe,
-    run,
-    schedule,
-    score_heads,
-)
+from convscope.eval.linear_heads import Heads, LinearProbeConfig, fit_heads, holdout_split, schedule, score_heads
+from convscope.eval.linear_probe import LinearProbeCommand, evaluate, linear_probe, run
 
 GRID = [(0.01, 0.0), (0.01, 0.1), (0.3, 0.0), (0.3, 1e-3), (1.0, 0.03)]
 

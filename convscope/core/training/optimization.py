@@ -20,8 +20,8 @@ LR_REFERENCE_BATCH = 256
 class OptimizerConfig:
     """How the weights are updated."""
 
-    optimizer: Literal["lamb", "adamw", "adam", "sgd", "lars"] = "lamb"
-    """Update rule, timm's; sgd with Nesterov's momentum."""
+    optimizer: Literal["lamb", "adamw", "adam", "sgd", "momentum", "lars"] = "lamb"
+    """Update rule, timm's; sgd with Nesterov's momentum, momentum without."""
     lr: float = 2e-4
     """Peak learning rate for 256 samples; it is multiplied by batch_size/256."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -29,7 +29,7 @@ class OptimizerConfig:
     eps: float = 1e-6
     """Of lamb, adamw and adam."""
     momentum: float = 0.9
-    """Of sgd and lars."""
+    """Of sgd, momentum and lars."""
     weight_decay: float = 0.04
     """At the start of the run; never on biases and 1-d parameters."""
     weight_decay_end: float | None = 0.2
@@ -72,6 +72,8 @@ def build_optimizer(objective: Objective, config: OptimizerConfig, batch_size: i
         options |= {"betas": config.betas, "eps": config.eps}
     else:
         options |= {"momentum": config.momentum}
+    if config.optimizer == "lars":  # without weight decay too, and never for biases
+        groups = [{**group, "always_adapt": group["decay_scale"] > 0} for group in groups]
     if config.optimizer == "lamb":
         options |= {"max_grad_norm": None}  # the loop clips, for every optimizer alike
     optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=config.optimizer, **options)
