@@ -61,7 +61,8 @@ RECIPES = {
     "mae": Recipe((0.1,), 16384, "lars", "truncated", warmup_epochs=10.0, normed=True),
     "lightly": Recipe((0.1,), 256, "momentum", "uniform", interpolation="bilinear", zero_after_end=False),
 }
-ATTENTIVE_LRS = (1e-3,)
+ATTENTIVE_LRS = (2.5e-4,)
+ATTENTIVE_BATCH_SIZE = 1024
 ATTENTIVE_WEIGHT_DECAY = 0.05
 
 
@@ -123,7 +124,7 @@ class AugmentedProbeConfig(FrozenFeatures, EvalSettings):
         """The protocol's, with what the flags change."""
         recipe = RECIPES[self.protocol]
         if self.head == "attentive":
-            recipe = replace(recipe, lrs=ATTENTIVE_LRS, optimizer="adamw")
+            recipe = replace(recipe, lrs=ATTENTIVE_LRS, optimizer="adamw", batch_size=ATTENTIVE_BATCH_SIZE)
         epochs = recipe.epochs if recipe.epochs is None else self.epochs or recipe.epochs
         size = self.sgd_batch_size or recipe.batch_size
         return replace(recipe, lrs=self.lrs or recipe.lrs, batch_size=size, epochs=epochs)
@@ -263,9 +264,7 @@ def _result(
     if config.protocol == "lightly" and (epochs := EpochAccuracy.read(run)):
         figures["top1_best_epoch"] = Figure(max(epochs.values()))
         details["top1_by_step"] = epochs
-        details["top1_best_epoch"] = (
-            "the maximum over epochs and heads on the reported images; top1 is of the last epoch"
-        )
+        details["top1_best_epoch"] = "the maximum over epochs and heads on the reported images"
     details |= {"head": config.head, "parameters": count_parameters(trained)}
     protocol = f"{config.protocol}{'-attentive' if config.head == 'attentive' else ''}/1"
     return frozen_result(

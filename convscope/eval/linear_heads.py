@@ -39,7 +39,7 @@ class LinearProbeConfig(EvalSettings):
     min_steps: int = 1000
     """Fewest steps on features, where the data set is small."""
     sgd_batch_size: int | None = None
-    """Features or images a step, over all processes; default: 1024, but 16384 with mae and 256 with lightly."""
+    """Features or images a step, over all processes; default: 1024, but of linear heads 16384 (mae), 256 (lightly)."""
     refit: bool = True
     """Train the chosen setting again on all train images, the held-out ones too."""
 

@@ -118,6 +118,10 @@ class FrozenProbe(Objective):
         self.backbone.eval()
         return self
 
+    def no_weight_decay(self) -> set[str]:
+        """Learned queries."""
+        return {"heads.queries"}
+
     def vectors(self, images: Tensor) -> list[Tensor]:
         """What the heads see of images (B, 3, H, W)."""
         return self.inputs(self.backbone, images)

@@ -21,13 +21,26 @@ class Toy(Objective):
         return {"mask_token"}
 
 
-@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd", "lars"])
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd", "momentum", "lars"])
 def test_weight_decay_spares_biases_and_named_parameters(name: str) -> None:
     toy = Toy()
     optimizer = build_optimizer(toy, OptimizerConfig(optimizer=name), 256)
     Schedule(optimizer, OptimizerConfig(optimizer=name), steps=10, warmup_steps=2).set(0)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay == pytest.approx({id(toy.layer.weight): 0.04, id(toy.layer.bias): 0.0, id(toy.mask_token): 0.0})
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.04])
+def test_lars_adapts_matrices_whatever_the_weight_decay_and_never_biases(weight_decay: float) -> None:
+    torch.manual_seed(0)
+    toy = Toy()
+    weight, bias = toy.layer.weight.detach().clone(), toy.layer.bias.detach().clone()
+    toy.layer.weight.grad, toy.layer.bias.grad = torch.randn(2, 3), torch.randn(2)
+    build_optimizer(toy, OptimizerConfig(optimizer="lars", lr=0.1, weight_decay=weight_decay), 256).step()
+    trust = 0.001 * weight.norm() / (toy.layer.weight.grad.norm() + weight_decay * weight.norm())
+    step = trust * (toy.layer.weight.grad + weight_decay * weight)
+    torch.testing.assert_close(toy.layer.weight.detach(), weight - 0.1 * step)
+    torch.testing.assert_close(toy.layer.bias.detach(), bias - 0.1 * toy.layer.bias.grad)
 
 
 def test_schedule_follows_the_official_formula() -> None:
