@@ -87,7 +87,7 @@ def main() -> None:
                 found = on_features(width, classes, steps, arguments.pairs)
                 print(json.dumps({"what": "features", "width": width, "classes": classes, **found}), flush=True)
     if arguments.only != "features":
-        for arch, batch in (("vit_small_patch16_224", 32), ("resnet50", 32)):
+        for arch, batch in (("vit_small_patch16_224", 16), ("resnet50", 16)):
             for classes in (10, 1000):
                 found = on_images(arch, classes, batch, arguments.pairs)
                 print(json.dumps({"what": "images", "arch": arch, "classes": classes, **found}), flush=True)

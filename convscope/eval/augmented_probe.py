@@ -80,6 +80,7 @@ class AugmentedProbeConfig(FrozenFeatures, EvalSettings):
     """Learned queries of an attentive head."""
     output_dir: Path | None = None
     """Run directory of dinov2, mae and lightly; the same command continues a run that is there."""
+    # these three as LinearProbeConfig describes them
     lrs: tuple[float, ...] | None = None
     epochs: int | None = None
     sgd_batch_size: int | None = None
@@ -165,8 +166,8 @@ class AugmentedProbeConfig(FrozenFeatures, EvalSettings):
         )
 
 
-def augmented_probe(config: AugmentedProbeConfig, task: str) -> EvalResult | None:
-    """Train the heads, print the figures and write results/TASK.json in the run directory.
+def augmented_probe(config: AugmentedProbeConfig) -> EvalResult | None:
+    """Train the heads, print the figures and write results/linear-probe-PROTOCOL.json in the run directory.
 
     The result is None on all processes but the main one.
 
@@ -190,8 +191,8 @@ def augmented_probe(config: AugmentedProbeConfig, task: str) -> EvalResult | Non
             ranks = rank_test_images(trained, test, config.label, config.batch_size, config.workers)
             if not main:
                 return None
-            result = _result(config, task, trained, shards, test, ranks, run_dir)
-            save_result(config.output or config.output_dir / "results" / f"{task}.json", result)
+            result = _result(config, trained, shards, test, ranks, run_dir)
+            save_result(config.output or config.output_dir / "results" / f"{result.task}.json", result)
     _print(result, config)
     return result
 
@@ -248,7 +249,6 @@ def _hooks(config: AugmentedProbeConfig, objective: FrozenProbe, test: ShardSet,
 
 def _result(
     config: AugmentedProbeConfig,
-    task: str,
     trained: FrozenProbe,
     shards: ShardSet,
     test: ShardSet,
@@ -266,14 +266,14 @@ def _result(
         details["top1_by_step"] = epochs
         details["top1_best_epoch"] = "the maximum over epochs and heads on the reported images"
     details |= {"head": config.head, "parameters": count_parameters(trained)}
-    protocol = f"{config.protocol}{'-attentive' if config.head == 'attentive' else ''}/1"
+    name = f"{config.protocol}{'-attentive' if config.head == 'attentive' else ''}"
     return frozen_result(
         trained.backbone,
         shards,
         test,
         config,
-        task=task,
-        protocol=protocol,
+        task=f"linear-probe-{name}",
+        protocol=f"{name}/1",
         figures=figures,
         details=details,
         seed=config.seed,

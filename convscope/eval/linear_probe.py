@@ -17,7 +17,6 @@ from convscope.core.results import EvalResult, Figure
 from convscope.eval.augmented_probe import AugmentedProbeConfig, augmented_probe
 from convscope.eval.common import (
     FrozenFeatures,
-    default_output,
     extract_both,
     frozen_result,
     open_both,
@@ -32,6 +31,7 @@ from convscope.eval.linear_problem import PROBLEMS, Problem
 from convscope.eval.targets import Targets
 
 TASK = "linear-probe"
+DIVERGED = "every head of the linear probe diverged; pass smaller --lrs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class LinearProbe:
 def run(config: LinearProbeCommand) -> None:
     """Load, evaluate, print a table and write the result."""
     if config.is_augmented:
-        augmented_probe(config, TASK)
+        augmented_probe(config)
         return
     backbone, train, test = open_both(config)
     result = evaluate(backbone, train, test, config)
@@ -64,9 +64,6 @@ def run(config: LinearProbeCommand) -> None:
     first = next(iter(result.details["layers"].values()))
     header = ["layer", "width", *_settings(first), f"held-out {first['measure']}"]
     print_table(f"{TASK} {config.model}", [*header, *(f"test {name}" for name in result.figures)], rows)
-    if config.protocol == "cached" and config.output is None:  # beside the default protocol's
-        path = default_output(config.model, str(result.model["arch"]), f"{TASK}-cached")
-        config = dataclasses.replace(config, output=path)
     save_frozen(result, config)
 
 
@@ -96,7 +93,7 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: Linear
         train,
         test,
         config,
-        task=TASK,
+        task=TASK if config.protocol == "holdout" else f"{TASK}-{config.protocol}",
         protocol=f"{config.protocol}/1",
         figures=probes[best].figures,
         details=details,
@@ -151,9 +148,12 @@ def cached_probe(
         best = _best(scores)
         score = scores[best]
         held_out = {f"holdout_{problem.measure}": score[0], "holdout_count": len(held)}
+    shares = problem.test_shares(heads)
+    if shares[best] is None:
+        raise UserError(DIVERGED)
     every = [
         {**_without_edges(problem.describe(setting)), problem.measure: share}
-        for setting, share in zip(problem.settings, problem.test_shares(heads))
+        for setting, share in zip(problem.settings, shares)
     ]
     predicted = problem.predict(heads.only(best))
     figures = problem.figures(predicted)
@@ -164,7 +164,7 @@ def cached_probe(
 def _best(scores: list[Score]) -> int:
     best = max(range(len(scores)), key=lambda index: scores[index])
     if not math.isfinite(scores[best][1]):
-        raise UserError("every head of the linear probe diverged; pass smaller --lrs")
+        raise UserError(DIVERGED)
     return best
 
 

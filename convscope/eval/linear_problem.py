@@ -195,9 +195,10 @@ class Regression(Problem):
     def _score(self, heads: Heads, x: Tensor, y: Tensor) -> list[Score]:
         predicted = torch.cat([heads.logits(part) for part in torch.split(x, CHUNK)]).double()  # (N, T, G)
         truth = y.double()[..., None]
-        spread = (truth - truth.mean(0)).square().mean(0).clamp_min(torch.finfo(torch.float64).tiny)
+        spread = (truth - truth.mean(0)).square().mean(0)  # (T, 1), 0 for one held-out image: then the error chooses
         error = (predicted - truth).square().mean(0)  # (T, G)
-        return list(zip((1 - error / spread).mean(0).tolist(), (-error.mean(0)).tolist()))
+        r2 = torch.where(spread > 0, 1 - error / spread.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        return list(zip(r2.mean(0).tolist(), (-error.mean(0)).tolist()))
 
 
 PROBLEMS: dict[Targets, type[Classification] | type[MultiLabel] | type[Regression]] = {

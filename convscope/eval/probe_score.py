@@ -33,7 +33,7 @@ def rank_test_images(objective: FrozenProbe, test: ShardSet, label: str, batch_s
     """How many classes each head puts before the true one (N, H), in the data's order; processes share the images."""
     found = [
         (index, _ranks(objective, vectors, truth))
-        for index, truth, vectors in _batches(objective, test, label, batch_size, workers, share=True)
+        for index, truth, vectors in _batches(objective, test, label, batch_size, workers)
     ]
     own = (torch.cat([index for index, _ in found]), torch.cat([ranks for _, ranks in found])) if found else None
     parts = [part for part in distributed.gather(own) if part is not None]
@@ -93,10 +93,9 @@ class EpochAccuracy(Hook):
         steps_per_epoch: float,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch
-        self.batches: list[tuple[Tensor, list[Tensor]]] = []
-        if distributed.is_main():
-            batches = _batches(objective, test, label, batch_size, workers, share=False)
-            self.batches = [(truth, [x.cpu() for x in vectors]) for _, truth, vectors in batches]
+        batches = _batches(objective, test, label, batch_size, workers)
+        own = [(truth, [x.cpu() for x in vectors]) for _, truth, vectors in batches]
+        self.batches = [batch for part in distributed.gather(own) for batch in part]
 
     def after_step(self, state: LoopState) -> None:
         """Look after the last step of an epoch."""
@@ -118,20 +117,19 @@ class EpochAccuracy(Hook):
 
 
 def _batches(
-    objective: FrozenProbe, test: ShardSet, label: str, batch_size: int, workers: int, *, share: bool
+    objective: FrozenProbe, test: ShardSet, label: str, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
-    """Index, true class and what the heads see of every test image, or of this process's share."""
+    """Index, true class and what the heads see, of this process's share of the test images."""
     device = objective.known.device
     preprocessing = objective.backbone.preprocessing
     normalize = Normalize(preprocessing.mean, preprocessing.std).to(device)
-    rank, world = (distributed.rank(), distributed.world()) if share else (0, 1)
     batches = eval_batches(
         test,
         eval_transform(preprocessing),
         batch_size=batch_size,
         workers=workers,
-        rank=rank,
-        world=world,
+        rank=distributed.rank(),
+        world=distributed.world(),
         label=label,
     )
     for batch in batches:

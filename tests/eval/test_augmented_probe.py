@@ -83,7 +83,7 @@ def trained(config: LinearProbeCommand, monkeypatch: pytest.MonkeyPatch) -> tupl
         return seen[-1]
 
     monkeypatch.setattr(module, "train", spy)
-    augmented_probe(config, "linear-probe")
+    augmented_probe(config)
     return build_probe(small_vit().eval(), CLASSES, config), seen[0]
 
 
@@ -196,7 +196,7 @@ def test_lightly(small_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(end.heads.weights[0], layer.weight, rtol=1e-4, atol=1e-6)
     bound = 1 / math.sqrt(48)
     assert 0.8 * bound < start.heads.weights[0].abs().max() <= bound
-    result = load_result(tmp_path / "results" / "linear-probe.json")
+    result = load_result(tmp_path / "results" / "linear-probe-lightly.json")
     by_step = result.details["top1_by_step"]
     assert list(by_step) == ["2", "4", "6"]
     assert by_step["6"] == result.figures["top1"].value
@@ -221,7 +221,7 @@ def test_a_stopped_run_goes_on_exactly(
     protocol: str, small_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"protocol": protocol, "epochs": 4, "checkpoint_every": 2}
-    whole = augmented_probe(command(small_shards, tmp_path / "whole", **changes), "linear-probe")
+    whole = augmented_probe(command(small_shards, tmp_path / "whole", **changes))
     stopping = module._hooks
 
     def with_stop(*arguments: Any) -> list[Hook]:
@@ -230,22 +230,22 @@ def test_a_stopped_run_goes_on_exactly(
     with monkeypatch.context() as patched:
         patched.setattr(module, "_hooks", with_stop)
         with pytest.raises(KeyboardInterrupt):
-            augmented_probe(command(small_shards, tmp_path / "cut", **changes), "linear-probe")
-    again = augmented_probe(command(small_shards, tmp_path / "cut", **changes, batch_size=5), "linear-probe")
+            augmented_probe(command(small_shards, tmp_path / "cut", **changes))
+    again = augmented_probe(command(small_shards, tmp_path / "cut", **changes, batch_size=5))
     assert whole is not None
     assert again is not None
     assert again.figures == whole.figures
     assert again.details["heads"] == whole.details["heads"]
     assert again.details.get("top1_by_step") == whole.details.get("top1_by_step")
     with pytest.raises(UserError, match="holds a run with other settings"):
-        augmented_probe(command(small_shards, tmp_path / "cut", **changes, seed=1), "linear-probe")
+        augmented_probe(command(small_shards, tmp_path / "cut", **changes, seed=1))
 
 
 def on_process(rank: int, data: str, folder: str) -> Any:
     found = {}
     for protocol in ("dinov2", "mae"):
         config = command(data, Path(folder) / protocol, protocol=protocol, epochs=3)
-        result = augmented_probe(config, "linear-probe")
+        result = augmented_probe(config)
         found[protocol] = None if result is None else [row["top1"] for row in result.details["heads"]]
     return found
 
@@ -293,7 +293,7 @@ def test_the_backbone_stays_as_it_is(small_shards: str, tmp_path: Path, monkeypa
     )
     seen: list[Any] = []
     monkeypatch.setattr(module, "train", lambda objective, *rest: seen.append(train(objective, *rest)) or seen[-1])
-    result = augmented_probe(config, "linear-probe")
+    result = augmented_probe(config)
     assert result is not None
     start = create_backbone("resnet18_cifar", {"channels": (8, 8, 16, 16)}, seed=0)
     assert seen[0].backbone.weights_hash() == start.weights_hash() == result.model["weights_hash"]
@@ -305,8 +305,8 @@ def test_the_backbone_stays_as_it_is(small_shards: str, tmp_path: Path, monkeypa
 
 def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(command(small_shards, tmp_path / "run", label="parity"))
-    result = load_result(tmp_path / "run" / "results" / "linear-probe.json")
-    assert (result.task, result.protocol) == ("linear-probe", "dinov2/1")
+    result = load_result(tmp_path / "run" / "results" / "linear-probe-dinov2.json")
+    assert (result.task, result.protocol) == ("linear-probe-dinov2", "dinov2/1")
     assert set(result.figures) == {"top1", "top1_chosen_on_other_half"}
     heads = result.details["heads"]
     assert len(heads) == 52
@@ -336,7 +336,7 @@ def test_attention_equals_its_formula() -> None:
 
 def test_an_attentive_head_learns_what_colour_tells(small_shards: str, tmp_path: Path) -> None:
     config = command(small_shards, tmp_path, protocol="lightly", epochs=30, head="attentive", lrs=(0.05,), queries=2)
-    result = augmented_probe(config, "linear-probe")
+    result = augmented_probe(config)
     assert result is not None
     assert result.protocol == "lightly-attentive/1"
     assert result.figures["top1"].value > 0.9

@@ -251,6 +251,44 @@ def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(layer in printed for layer in rows)
 
 
+@pytest.mark.parametrize("protocol", ["holdout", "cached"])
+@pytest.mark.parametrize(
+    ("targets", "label", "figures", "setting"),
+    [
+        ("classes", "cls", {"top1"}, "lr"),
+        ("multi-label", "tags", {"map"}, "lr"),
+        ("regression", "numbers", {"r2", "mse", "mae"}, "penalty"),
+    ],
+)
+def test_every_kind_of_target(
+    protocol: str,
+    targets: str,
+    label: str,
+    figures: set[str],
+    setting: str,
+    small_shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layers = ("layer1+layer2", "layer1")
+    run(command(small_shards, protocol=protocol, targets=targets, label=label, layers=layers))
+    task = "linear-probe" if protocol == "holdout" else "linear-probe-cached"
+    result = load_result(Path(f"results/resnet10t@random-{task}.json"))
+    assert (result.task, result.protocol, result.data["targets"]) == (task, f"{protocol}/1", targets)
+    assert set(result.figures) == figures
+    assert list(result.details["layers"]) == ["layer1", "layer1+layer2"]
+    row = result.details["layers"]["layer1+layer2"]
+    assert row["dimensions"] == 64 + 128
+    measure = min(figures & {"top1", "map", "r2"})
+    assert f"holdout_{measure}" in row
+    assert ("every_setting" in row) == (protocol == "cached")
+    assert result.figures[measure].value > 0.4  # colour tells all of them
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in (setting, f"held-out {measure}", *figures))
+
+
 def test_default_files(small_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from convscope.core.models import save_backbone
 

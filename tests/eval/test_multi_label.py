@@ -147,5 +147,7 @@ def test_what_cannot_be_probed_is_told() -> None:
         linear_probe(Features(train.keys, train.x, train.y + 1), train, config(), "multi-label")
     with pytest.raises(UserError, match="present in any train image"):
         linear_probe(Features(train.keys, train.x, -train.y.abs()), train, config(), "multi-label")
+    with pytest.raises(UserError, match="diverged"):
+        cached_probe(train, train, config(lrs=(1e30,), weight_decays=(1e30,)), "multi-label")
     with pytest.raises(UserError, match="one class an image"):
         linear_probe(train, train, config())

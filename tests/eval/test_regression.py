@@ -58,7 +58,10 @@ def test_figures_are_those_of_scikit_learn() -> None:
     assert found["mse"].value == pytest.approx(mean_squared_error(truth, guess))
     assert found["mae"].value == pytest.approx(mean_absolute_error(truth, guess))
     rng = np.random.default_rng(0)
-    draws = [r2_score(truth[rows], guess[rows]) for rows in (rng.integers(0, 50, 50) for _ in range(2000))]
+    draws = []
+    for rows in (rng.integers(0, 50, 50) for _ in range(2000)):
+        spread = ((truth[rows] - truth[rows].mean(0)) ** 2).sum(0)
+        draws.append((1 - ((truth[rows] - guess[rows]) ** 2).sum(0) / spread).mean())
     assert (found["r2"].low, found["r2"].high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
     with pytest.raises(UserError, match="target 1 is the same in every test image"):
         regression_figures(predicted, torch.stack([data.y[:, 0], torch.ones(50)], 1), seed=0)
@@ -80,6 +83,13 @@ def test_the_held_out_part_chooses_the_penalty() -> None:
     every = cached_probe(train, test, config(), "regression").details["every_setting"]
     assert [row["penalty"] for row in every] == list(PENALTIES)
     assert every[PENALTIES.index(found.details["penalty"])]["r2"] == pytest.approx(found.figures["r2"].value, rel=1e-5)
+
+
+def test_a_single_held_out_image_chooses_by_its_error() -> None:
+    found = linear_probe(numbers(12), numbers(30, seed=1), config(), "regression")
+    assert found.details["holdout_count"] == 1
+    assert found.details["holdout_r2"] == 0.0
+    assert found.details["penalty"] == PENALTIES[0]  # the noise is small
 
 
 def test_what_cannot_be_predicted_is_told() -> None:
