@@ -243,7 +243,7 @@ def test_a_stopped_run_goes_on_exactly(
 
 def on_process(rank: int, data: str, folder: str) -> Any:
     found = {}
-    for protocol in ("dinov2", "mae"):
+    for protocol in ("dinov2", "mae", "lightly"):
         config = command(data, Path(folder) / protocol, protocol=protocol, epochs=3)
         result = augmented_probe(config)
         found[protocol] = None if result is None else [row["top1"] for row in result.details["heads"]]
@@ -255,7 +255,7 @@ def test_two_processes_are_one(small_shards: str, tmp_path: Path) -> None:
     main, other = run_on_two(on_process, tmp_path, small_shards, str(tmp_path / "two"))
     assert main == one
     assert set(other.values()) == {None}
-    for protocol in ("dinov2", "mae"):
+    for protocol in ("dinov2", "mae", "lightly"):
         states = [
             torch.load(sorted((tmp_path / folder / protocol / "checkpoints").glob("*.pt"))[-1], weights_only=True)
             for folder in ("one", "two")
