@@ -1,7 +1,7 @@
 """What the evaluations of frozen features share: their settings, their data, how they report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +24,11 @@ from convscope.core.models import load_backbone, model_record
 from convscope.core.results import EvalResult, Figure, Samples, bootstrap, save_result
 from convscope.eval.feature_store import Store
 from convscope.eval.features import Features, Pool, Precision, extract
+from convscope.eval.layers import concatenate, wanted_layers
 from convscope.eval.output import default_output
+from convscope.eval.targets import Targets, read_targets
 
+CHUNK = 65_536  # rows checked at a time
 T = TypeVar("T")
 
 
@@ -41,8 +44,10 @@ class FrozenFeatures:
     test_split: str = "test"
     label: str = "cls"
     """Member or json field that holds the label."""
+    targets: Targets = "classes"
+    """What the label is: a class; a list of classes, or of 1, 0, -1 (unknown) for each; a number or several."""
     layers: tuple[str, ...] = ("pooled",)
-    """Stage names, last, pooled (the network's own pooling), or all."""
+    """Stage names, last, pooled (the network's own pooling), or all; layer3+layer4 stands for both side by side."""
     pool: Pool = "avg"
     """How the map of a stage becomes a vector; cls is the class token of a transformer."""
     arch: str | None = None
@@ -101,16 +106,28 @@ def require_at_least(config: object, least: int, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
+def require_fit(train: Features, test: Features) -> None:
+    """Raise a UserError where features have no labels, are none, differ in width, or are NaN or infinite."""
+    if train.y is None or test.y is None:
+        raise UserError("these features have no labels; name the field that holds them with --label")
+    if len(train.x) == 0 or len(test.x) == 0 or train.x.shape[1] != test.x.shape[1]:
+        raise UserError(f"train features {tuple(train.x.shape)} and test features {tuple(test.x.shape)} do not fit")
+    for name, part in (("train", train), ("test", test)):
+        if not all(rows.isfinite().all() for rows in torch.split(part.x, CHUNK)):
+            raise UserError(f"the {name} features hold NaN or infinity")
+
+
 def labelled(train: Features, test: Features) -> Labelled:
     """Check that both parts fit one another and number their classes.
 
     Raises:
         UserError: no labels, negative labels, a single class, test labels that the train part lacks.
     """
-    if train.y is None or test.y is None:
-        raise UserError("these features have no labels; name the field that holds them with --label")
-    if len(train.x) == 0 or len(test.x) == 0 or train.x.shape[1] != test.x.shape[1]:
-        raise UserError(f"train features {tuple(train.x.shape)} and test features {tuple(test.x.shape)} do not fit")
+    require_fit(train, test)
+    assert train.y is not None
+    assert test.y is not None
+    if train.y.ndim != 1 or test.y.ndim != 1:
+        raise UserError("this evaluation takes one class an image; leave --targets out")
     if int(train.y.min()) < 0:
         raise UserError(f"label {int(train.y.min())} is negative; labels count from 0")
     known, train_y = torch.unique(train.y, return_inverse=True)
@@ -174,19 +191,20 @@ def require_same_keys(train: Features, test: Features, skip_self: bool) -> None:
 def extract_both(
     backbone: Backbone, train: ShardSet, test: ShardSet, config: FrozenFeatures, device: str
 ) -> dict[str, tuple[Features, Features]]:
-    """Train and test features by layer.
+    """Train and test features by layer, with targets of the kind that the settings name.
 
     Under torchrun each process computes a share of them; then all but the main one end, and the rest of the command is
     the main one's.
     """
+    wanted = wanted_layers(backbone, config.layers, config.pool)
 
     def features(shards: ShardSet) -> dict[str, Features]:
-        return extract(
+        found = extract(
             backbone,
             shards,
-            layers=config.layers,
+            layers=sorted({name for parts in wanted.values() for name in parts}),
             pool=config.pool,
-            label=config.label,
+            label=config.label if config.targets == "classes" else None,
             batch_size=config.batch_size,
             workers=config.workers,
             device=device,
@@ -194,13 +212,18 @@ def extract_both(
             store=config.store,
             cache=cache_dir() / "features" if config.cache else None,
         )
+        return concatenate(found, wanted)
 
     with process_group(pick_device(device)):
         of_train = features(train)
         of_test = of_train if same_samples(train, test) else features(test)
         if not is_main():
             raise SystemExit(0)
-    return {name: (of_train[name], of_test[name]) for name in of_train}
+    both = {name: (of_train[name], of_test[name]) for name in of_train}
+    if config.targets == "classes":
+        return both
+    y = read_targets((train, test), config.label, config.targets)
+    return {name: (replace(parts[0], y=y[0]), replace(parts[1], y=y[1])) for name, parts in both.items()}
 
 
 def figures_by_layer(by_layer: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
@@ -234,7 +257,7 @@ def frozen_result(
         task=task,
         protocol=protocol,
         model=model_record(backbone),
-        data={"source": train.source, **parts, "label": config.label},
+        data={"source": train.source, **parts, "label": config.label, "targets": config.targets},
         preprocessing=asdict(backbone.preprocessing),
         figures=figures,
         details={"pool": config.pool, "precision": config.precision, "store": config.store, **details},
@@ -270,3 +293,10 @@ def percent(figure: Figure | None) -> str:
     if figure.low is None or figure.high is None:
         return f"{figure.value:.2%}"
     return f"{figure.value:.2%} [{figure.low:.2%}, {figure.high:.2%}]"
+
+
+def shown(name: str, figure: Figure) -> str:
+    """A figure as its name wants it: errors and R2 as they are, shares as per cent."""
+    if name not in ("r2", "mse", "mae"):
+        return percent(figure)
+    return f"{figure.value:.4g} [{figure.low:.4g}, {figure.high:.4g}]"

@@ -12,7 +12,10 @@ from tests.core.data.tars import write_tar
 
 @pytest.fixture(scope="session")
 def small_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """32 train and 12 test images of four classes that differ in colour; `parity` in the json member has two."""
+    """32 train and 12 test images of four classes that differ in colour.
+
+    In the json member `parity` has two classes, `tags` lists the bits of the class, `numbers` are two numbers.
+    """
     root = tmp_path_factory.mktemp("small")
     rng = np.random.default_rng(0)
     for split, count in (("train", 32), ("test", 12)):
@@ -23,10 +26,12 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
             )
             encoded = io.BytesIO()
             Image.fromarray(pixels).save(encoded, "PNG")
+            tags = [bit for bit in (0, 1) if i % 4 >> bit & 1]
+            fields = {"parity": i % 2, "tags": tags, "numbers": [i % 4, 1.5 * (i % 2)]}
             members += [
                 (f"{i:08d}.png", encoded.getvalue()),
                 (f"{i:08d}.cls", str(i % 4).encode()),
-                (f"{i:08d}.json", json.dumps({"parity": i % 2}).encode()),
+                (f"{i:08d}.json", json.dumps(fields).encode()),
             ]
         write_tar(root / split / f"{split}-000000.tar", members)
     return str(root)

@@ -14,18 +14,8 @@ from convscope.core.data.shard_set import open_shards
 from convscope.core.errors import UserError
 from convscope.core.results import Figure, load_result
 from convscope.eval.features import Features
-from convscope.eval.linear_probe import (
-    Heads,
-    LinearProbeCommand,
-    LinearProbeConfig,
-    evaluate,
-    fit_heads,
-    holdout_split,
-    linear_probe,
-    run,
-    schedule,
-    score_heads,
-)
+from convscope.eval.linear_heads import Heads, LinearProbeConfig, fit_heads, holdout_split, schedule, score_heads
+from convscope.eval.linear_probe import LinearProbeCommand, evaluate, linear_probe, run
 
 GRID = [(0.01, 0.0), (0.01, 0.1), (0.3, 0.0), (0.3, 1e-3), (1.0, 0.03)]
 
@@ -259,6 +249,44 @@ def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert f"{best} *" in printed
     assert all(layer in printed for layer in rows)
+
+
+@pytest.mark.parametrize("protocol", ["holdout", "cached"])
+@pytest.mark.parametrize(
+    ("targets", "label", "figures", "setting"),
+    [
+        ("classes", "cls", {"top1"}, "lr"),
+        ("multi-label", "tags", {"map"}, "lr"),
+        ("regression", "numbers", {"r2", "mse", "mae"}, "penalty"),
+    ],
+)
+def test_every_kind_of_target(
+    protocol: str,
+    targets: str,
+    label: str,
+    figures: set[str],
+    setting: str,
+    small_shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layers = ("layer1+layer2", "layer1")
+    run(command(small_shards, protocol=protocol, targets=targets, label=label, layers=layers))
+    task = "linear-probe" if protocol == "holdout" else "linear-probe-cached"
+    result = load_result(Path(f"results/resnet10t@random-{task}.json"))
+    assert (result.task, result.protocol, result.data["targets"]) == (task, f"{protocol}/1", targets)
+    assert set(result.figures) == figures
+    assert list(result.details["layers"]) == ["layer1", "layer1+layer2"]
+    row = result.details["layers"]["layer1+layer2"]
+    assert row["dimensions"] == 64 + 128
+    measure = min(figures & {"top1", "map", "r2"})
+    assert f"holdout_{measure}" in row
+    assert ("every_setting" in row) == (protocol == "cached")
+    assert result.figures[measure].value > 0.4  # colour tells all of them
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in (setting, f"held-out {measure}", *figures))
 
 
 def test_default_files(small_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,11 +197,11 @@ def open_shards(source: str, split: str) -> ShardSet:
     return _open_folder(path / split, source, split)
 
 
-def label_of(sample: Sample, field: str = "cls") -> int:
-    """The integer in member `field`, or in that field of the json member.
+def field_of(sample: Sample, field: str) -> Any:
+    """Member `field` as bytes, or that field of the json member as JSON has it.
 
     Raises:
-        UserError: neither is there, or it is no integer.
+        UserError: neither is there.
     """
     where = f"sample {sample['__key__']!s}"
     value: Any = sample.get(field)
@@ -214,13 +214,23 @@ def label_of(sample: Sample, field: str = "cls") -> int:
     if value is None:
         members = ", ".join(name for name in sample if name != "__key__")
         raise UserError(f"{where} has no label {field!r}, neither as a member ({members}) nor as a field of its json")
+    return value
+
+
+def label_of(sample: Sample, field: str = "cls") -> int:
+    """The integer in member `field`, or in that field of the json member.
+
+    Raises:
+        UserError: neither is there, or it is no integer.
+    """
+    value = field_of(sample, field)
     try:
         if isinstance(value, (float, bool, list, dict)):
             raise ValueError
         return int(value)
     except ValueError:
         value = value.decode(errors="replace") if isinstance(value, bytes) else value
-        raise UserError(f"{where}: its label {field!r} is {value!r}, not an integer") from None
+        raise UserError(f"sample {sample['__key__']!s}: its label {field!r} is {value!r}, not an integer") from None
 
 
 def _open_remote(source: str, split: str) -> ShardSet:

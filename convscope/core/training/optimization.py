@@ -88,6 +88,8 @@ def build_optimizer(objective: Objective, config: OptimizerConfig, batch_size: i
         options |= {"betas": config.betas, "eps": config.eps}
     else:
         options |= {"momentum": config.momentum}
+    if config.optimizer == "lars":  # without weight decay too, and never for biases
+        groups = [{**group, "always_adapt": group["decay_scale"] > 0} for group in groups]
     if config.optimizer == "lamb":
         options |= {"max_grad_norm": None}  # the loop clips, for every optimizer alike
     name = "momentum" if config.optimizer == "sgd" and not config.nesterov else config.optimizer  # timm's word for it

@@ -47,6 +47,22 @@ def test_the_momentum_of_sgd(nesterov: bool) -> None:
     torch.testing.assert_close(toy.layer.weight.detach(), before - 0.1 * moved)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.04])
+def test_lars_adapts_matrices_whatever_the_weight_decay_and_never_biases(weight_decay: float) -> None:
+    torch.manual_seed(0)
+    toy = Toy()
+    weight, bias = toy.layer.weight.detach().clone(), toy.layer.bias.detach().clone()
+    toy.layer.weight.grad, toy.layer.bias.grad = torch.randn(2, 3), torch.randn(2)
+    config = OptimizerConfig(optimizer="lars", lr=0.1, weight_decay=weight_decay)
+    optimizer = build_optimizer(toy, config, 256)
+    Schedule(optimizer, config, steps=10, warmup_steps=0).set(0)
+    optimizer.step()
+    trust = 0.001 * weight.norm() / (toy.layer.weight.grad.norm() + weight_decay * weight.norm())
+    step = trust * (toy.layer.weight.grad + weight_decay * weight)
+    torch.testing.assert_close(toy.layer.weight.detach(), weight - 0.1 * step)
+    torch.testing.assert_close(toy.layer.bias.detach(), bias - 0.1 * toy.layer.bias.grad)
+
+
 def test_schedule_follows_the_official_formula() -> None:
     config = OptimizerConfig(lr=2e-4, weight_decay=0.04, weight_decay_end=0.2)
     steps, warmup, peak = 100, 10, peak_lr(config, 4096)
