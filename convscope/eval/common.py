@@ -97,12 +97,16 @@ def labelled(train: Features, test: Features) -> Labelled:
     """Check that both parts fit one another and number their classes.
 
     Raises:
-        UserError: no labels, negative labels, a single class, test labels that the train part lacks.
+        UserError: no or negative labels, a single class, test labels that the train part lacks; NaN features.
     """
     if train.y is None or test.y is None:
         raise UserError("these features have no labels; name the field that holds them with --label")
     if len(train.x) == 0 or len(test.x) == 0 or train.x.shape[1] != test.x.shape[1]:
         raise UserError(f"train features {tuple(train.x.shape)} and test features {tuple(test.x.shape)} do not fit")
+    if train.y.ndim != 1 or test.y.ndim != 1:
+        raise UserError("this evaluation needs one class an image; these targets have several columns")
+    if not all(bool(torch.isfinite(part).all()) for one in (train, test) for part in torch.split(one.x, 65536)):
+        raise UserError("these features contain NaN or infinity; is the model trained well?")
     if int(train.y.min()) < 0:
         raise UserError(f"label {int(train.y.min())} is negative; labels count from 0")
     known, train_y = torch.unique(train.y, return_inverse=True)
