@@ -3,11 +3,11 @@
     python benchmarks/logistic_regression.py                                        # 10 000 x 384, 50 classes
     python benchmarks/logistic_regression.py --count 50000 --width 768 --classes 100
 
-Both fit the 45 values of C of DINOv2's protocol on nine tenths of synthetic features (non-negative, correlated, with a
-falling spectrum, not normalised) and choose C on the last tenth. scikit-learn has the features in float64, at most 1000
-iterations and a tolerance of 1e-12, as the protocol says. It may be given a part of the grid (--theirs 9 fits every fifth
-value, ends included); its time is then scaled by the number of values left out, and the accuracies compared are those
-of the values that both have.
+Both fit the 45 values of C of DINOv2's protocol on nine tenths of synthetic features (non-negative, correlated, with
+a falling spectrum, not normalised) and choose C on the last tenth. scikit-learn has the features in float64, at most
+1000 iterations and a tolerance of 1e-12, as the protocol says. It may be given a part of the grid (--theirs 9 fits
+every fifth value); its time is then scaled to the whole grid, and the accuracies compared are those of the values that
+both have. Seconds are those of the processor, which a busy machine does not stretch, and those of the clock.
 """
 
 import json
@@ -32,7 +32,7 @@ class Settings:
     count: int = 10_000
     width: int = 384
     classes: int = 50
-    distance: float = 0.5
+    distance: float = 0.2
     """Of the classes, in standard deviations of a class along each axis; smaller is harder."""
     theirs: int = 45
     """Values of C that scikit-learn fits."""
@@ -57,15 +57,20 @@ def main(settings: Settings) -> None:
     fitted, held = holdout_split(len(x), 0)
     config = LogRegConfig(tol=settings.tol)
     strengths = config.strengths
-    began, ours, losses, gradients = time.perf_counter(), [], [], 0
+    began, ours, losses, gradients = _now(), [], [], 0
     for solution in softmax_regression(x[fitted], y[fitted], settings.classes, strengths, tol=config.tol):
         ours.append(float((solution.logits(x[held]).argmax(1) == y[held]).double().mean()))
         losses.append(solution.loss)
         gradients += solution.evaluations
-    ours_s = time.perf_counter() - began
-    print(json.dumps({"ours_s": round(ours_s, 1), "gradients": gradients, "best": max(ours)}), flush=True)
+    ours_s, ours_clock = (now - then for now, then in zip(_now(), began))
+    print(
+        json.dumps(
+            {"ours_s": round(ours_s, 1), "clock_s": round(ours_clock, 1), "gradients": gradients, "best": max(ours)}
+        ),
+        flush=True,
+    )
     step = max(1, (len(strengths) - 1) // max(1, settings.theirs - 1))
-    began, theirs, iterations, excess = time.perf_counter(), {}, 0, []
+    began, theirs, iterations, excess = _now(), {}, 0, []
     wide = x.double().numpy()
     for place in range(0, len(strengths), step):
         model = LogisticRegression(C=strengths[place], max_iter=1000, tol=1e-12)
@@ -79,19 +84,27 @@ def main(settings: Settings) -> None:
         loss = float(cross + weight.square().sum() / (2 * strengths[place] * len(fitted)))
         excess.append(losses[place] - loss)
         print(f"C={strengths[place]:.2e} ours {ours[place]:.4f} theirs {theirs[place]:.4f}", flush=True)
-    theirs_s = (time.perf_counter() - began) * len(strengths) / len(theirs)
+    scale = len(strengths) / len(theirs)
+    theirs_s, theirs_clock = (scale * (now - then) for now, then in zip(_now(), began))
     print(
         json.dumps(
             {
                 "theirs_s": round(theirs_s, 1),
+                "clock_s": round(theirs_clock, 1),
                 "fitted": len(theirs),
                 "iterations": iterations,
                 "times_faster": round(theirs_s / ours_s, 1),
+                "times_faster_by_the_clock": round(theirs_clock / ours_clock, 1),
                 "best_of_shared": [max(ours[place] for place in theirs), max(theirs.values())],
                 "largest_excess_of_our_loss": max(excess),
             }
         )
     )
+
+
+def _now() -> tuple[float, float]:
+    """Seconds of the processor and of the clock."""
+    return time.process_time(), time.perf_counter()
 
 
 if __name__ == "__main__":
