@@ -4,8 +4,8 @@
     python benchmarks/knn.py --train 50000 --queries 10000 --width 768
 
 All three start from features of any length and return the same neighbours, in float32. They take turns in one
-process; the medians are of the rounds. Seconds are those of the clock, and of the processor, which a busy machine does not
-stretch.
+process; the medians are of the rounds. Seconds are those of the clock, and of the processor, which a busy machine
+does not stretch.
 """
 
 import json

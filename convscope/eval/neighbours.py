@@ -29,7 +29,7 @@ def neighbours(
         train_x: (N, D).
         test_x: (Q, D).
         k: at most N, and at most N - 1 with `skip_self`.
-        device: where to search; torch's product with `largest` is faster than faiss's flat index on a CPU too.
+        device: where to search; benchmarks/knn.py has faiss's flat index beside it.
         skip_self: test row i is train row i and does not count among its own neighbours.
     """
     train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
