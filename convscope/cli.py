@@ -56,6 +56,16 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "convscope.eval.linear_probe", "LinearProbeCommand", "linear classifiers on frozen features"
     ),
     ("eval", "knn"): Command("convscope.eval.knn", "KnnCommand", "k-nearest-neighbour vote on frozen features"),
+    ("eval", "logreg"): Command(
+        "convscope.eval.logistic_regression", "LogRegCommand", "logistic regression on frozen features, C swept"
+    ),
+    ("eval", "svm"): Command("convscope.eval.svm", "SvmCommand", "linear SVMs on frozen features, a class each"),
+    ("eval", "few-shot"): Command(
+        "convscope.eval.few_shot", "FewShotCommand", "accuracy with one, two, five labels a class, over many draws"
+    ),
+    ("eval", "data-scaling"): Command(
+        "convscope.eval.data_scaling", "DataScalingCommand", "accuracy over the number of labels, and its slope"
+    ),
     ("eval", "retrieval"): Command(
         "convscope.eval.retrieval", "RetrievalCommand", "image-to-image and image-text retrieval"
     ),

@@ -121,7 +121,7 @@ def labelled(train: Features, test: Features) -> Labelled:
     """Check that both parts fit one another and number their classes.
 
     Raises:
-        UserError: no labels, negative labels, a single class, test labels that the train part lacks.
+        UserError: no or negative labels, a single class, test labels that the train part lacks; NaN features.
     """
     require_fit(train, test)
     assert train.y is not None

@@ -1,9 +1,9 @@
-"""k-nearest-neighbour vote on frozen features, as DINO (arXiv:2104.14294) and DINOv2 do it."""
+"""k-nearest-neighbour vote on frozen features, as DINO (arXiv:2104.14294), DINOv2, lightly and solo-learn do it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from convscope.eval.common import (
     percent,
     print_table,
     rank_of_truth,
+    require_at_least,
     require_same_keys,
     same_samples,
     save_frozen,
@@ -34,10 +35,19 @@ from convscope.eval.neighbours import NeighbourSettings, neighbours
 
 TASK = "knn"
 PROTOCOL = "dino-vote/1"
-HEADLINE = 20  # the k that is reported first, fixed beforehand: the best k of a table is chosen on the test set
 SCORES = 2**27  # held at a time
-
-T = TypeVar("T")
+EPSILON = 1e-5  # added to a distance, as solo-learn does
+Distance = Literal["cosine", "euclidean"]
+PRESETS: dict[str, dict[str, Any]] = {
+    "dinov2": {"k": [10, 20, 100, 200], "temperature": [0.07], "distance": ["cosine"], "headline_k": 20},
+    "lightly": {"k": [200], "temperature": [0.1], "distance": ["cosine"], "headline_k": 200},
+    "solo-learn": {
+        "k": [1, 2, 5, 10, 20, 50, 100, 200],
+        "temperature": [0.07, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
+        "distance": ["cosine", "euclidean"],
+        "headline_k": 20,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +55,42 @@ class KnnConfig(NeighbourSettings):
     """How neighbours vote."""
 
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours; each is reported, and 20 always, because that is the headline."""
-    temperature: float = 0.07
-    """Of the softmax over similarities that weighs the votes."""
+    """Numbers of neighbours; each is reported."""
+    headline_k: int = 20
+    """The k that is reported first, fixed beforehand: the best k of a table would be chosen on the test set."""
+    temperature: tuple[float, ...] = (0.07,)
+    """Of the softmax over cosines that weighs the votes; the first one is the headline's."""
+    distance: tuple[Distance, ...] = ("cosine",)
+    """cosine; euclidean: of features as they are, where a vote weighs 1 / (distance + 1e-5). The first is the
+    headline's."""
 
     def __post_init__(self) -> None:
         NeighbourSettings.__post_init__(self)
         if not self.k or min(self.k) < 1:
             raise UserError(f"--k must name numbers of at least 1, got {self.k}")
-        if not self.temperature > 0:
-            raise UserError(f"--temperature must be above 0, got {self.temperature}")
+        require_at_least(self, 1, "headline_k")
+        if not self.temperature or not all(value > 0 for value in self.temperature):
+            raise UserError(f"--temperature must name numbers above 0, got {self.temperature}")
+        if not self.distance:
+            raise UserError("--distance needs cosine, euclidean, or both")
+
+    @property
+    def votes(self) -> list[tuple[Distance, float | None]]:
+        """Every way of weighing a vote, the headline's first; euclidean distances have no temperature."""
+        distances = dict.fromkeys(self.distance)
+        return [
+            (distance, temperature)
+            for distance in distances
+            for temperature in (dict.fromkeys(self.temperature) if distance == "cosine" else [None])
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnCommand(FrozenFeatures, KnnConfig):
-    """k-nearest-neighbour vote on frozen features; nothing is trained or chosen."""
+    """k-nearest-neighbour vote on frozen features; nothing is trained or chosen.
+
+    --preset dinov2, lightly or solo-learn.
+    """
 
     def __post_init__(self) -> None:
         FrozenFeatures.__post_init__(self)
@@ -70,24 +101,38 @@ class KnnCommand(FrozenFeatures, KnnConfig):
 class Knn:
     """Accuracies "top1" and "top5" by k, and the settings behind them."""
 
-    by_k: Mapping[int, Mapping[str, Figure]]
+    by_k: Mapping[int, Mapping[str, Figure]]  # of the first way of voting
+    others: Mapping[str, Mapping[int, Mapping[str, Figure]]]  # of the others, by name
     headline: int
     details: Mapping[str, Any]
     hits_by_k: Mapping[int, Samples] = dataclasses.field(compare=False, repr=False)  # what accuracies are means of
 
     @property
     def figures(self) -> dict[str, Figure]:
-        """`top1` and `top5` at the headline's k, then `top1 k=10` and so on at the others."""
-        return self._named(self.by_k)
+        """`top1` and `top5` of the headline, `top1 k=10` and so on, then `top1 k=10 T=0.2`, `top1 k=10 euclidean`."""
+        ways = {"": {k: row for k, row in self.by_k.items() if k != self.headline}}
+        ways |= {f" {name}": dict(by_k) for name, by_k in self.others.items()}
+        named = {
+            f"{name} k={k}{way}": figure
+            for way, by_k in ways.items()
+            for k, row in by_k.items()
+            for name, figure in row.items()
+        }
+        return {**self.by_k[self.headline], **named}
 
     @property
     def samples(self) -> Samples:
-        """Hits of the same names."""
-        return self._named(self.hits_by_k)
+        """Hits of the first way of voting, of the same names."""
+        others = {k: row for k, row in self.hits_by_k.items() if k != self.headline}
+        named = {f"{name} k={k}": hits for k, row in others.items() for name, hits in row.items()}
+        return {**self.hits_by_k[self.headline], **named}
 
-    def _named(self, by_k: Mapping[int, Mapping[str, T]]) -> dict[str, T]:
-        others = [k for k in by_k if k != self.headline]
-        return {**by_k[self.headline], **{f"{name} k={k}": each for k in others for name, each in by_k[k].items()}}
+
+def preset(_: type, name: str, arguments: list[str]) -> Mapping[str, Any]:
+    """Flags of a published protocol."""
+    if name not in PRESETS:
+        raise UserError(f"no preset {name!r}; presets of knn: {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def run(config: KnnCommand) -> None:
@@ -95,13 +140,18 @@ def run(config: KnnCommand) -> None:
     backbone, train, test = open_both(config)
     result = evaluate(backbone, train, test, config)
     rows = [
-        [layer, f"{k} *" if int(k) == details["headline_k"] else k, *(percent(Figure(**f)) for f in row.values())]
+        [layer, way, f"{k} *" if not place and int(k) == details["headline_k"] else k, *_shown(row)]
         for layer, details in result.details["layers"].items()
-        for k, row in details["test"].items()
+        for place, (way, table) in enumerate([(details["way"], details["test"]), *details["other_ways"].items()])
+        for k, row in table.items()
     ]
-    header = ["layer", "k", "test top1", "test top5"][: len(rows[0])]
+    header = ["layer", "vote", "k", "test top1", "test top5"][: len(rows[0])]
     print_table(f"{TASK} {config.model}", header, rows)
     save_frozen(result, config)
+
+
+def _shown(row: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [percent(Figure(**figure)) for figure in row.values()]
 
 
 def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: KnnCommand) -> EvalResult:
@@ -139,26 +189,67 @@ def knn(train: Features, test: Features, config: KnnConfig) -> Knn:
     part = labelled(train, test)
     require_same_keys(train, test, config.skip_self)
     available = len(part.train_x) - config.skip_self
-    ks = sorted({min(k, available) for k in (HEADLINE, *config.k)})
-    headline = min(HEADLINE, available)
-    similarity, index = neighbours(
-        part.train_x, part.test_x, ks[-1], device=pick_device(config.device), skip_self=config.skip_self
-    )
-    ranks = vote_ranks(similarity, part.train_y[index], part.test_y, part.classes, ks, config.temperature)
-    by_k = {k: accuracies(ranks[k], part.classes, config.seed) for k in ks}
+    headline = min(config.headline_k, available)
+    ks = sorted({headline, *(min(k, available) for k in config.k)})
+    device = pick_device(config.device)
+    found: dict[str, dict[int, dict[str, Figure]]] = {}
+    hits: dict[int, Samples] = {}
+    near: dict[str, tuple[Tensor, Tensor]] = {}
+    for distance, temperature in config.votes:
+        if distance not in near:
+            search = neighbours if distance == "cosine" else nearest
+            near[distance] = search(part.train_x, part.test_x, ks[-1], device=device, skip_self=config.skip_self)
+        closeness, index = near[distance]
+        ranks = vote_ranks(closeness, part.train_y[index], part.test_y, part.classes, ks, temperature)
+        way = distance if temperature is None else f"T={temperature:g}"
+        found[way] = {k: accuracies(ranks[k], part.classes, config.seed) for k in ks}
+        hits = hits or {k: hits_of(ranks[k], part.classes) for k in ks}
+    first, *others = found
     details = {
-        "test": {str(k): {name: dataclasses.asdict(figure) for name, figure in by_k[k].items()} for k in ks},
+        "test": _as_dict(found[first]),
+        "way": first,
+        "other_ways": {way: _as_dict(found[way]) for way in others},
         "headline_k": headline,
-        "temperature": config.temperature,
         "skip_self": config.skip_self,
         "dimensions": part.train_x.shape[1],
         "classes": part.classes,
     }
-    return Knn(by_k, headline, details, {k: hits_of(ranks[k], part.classes) for k in ks})
+    return Knn(found[first], {way: found[way] for way in others}, headline, details, hits)
+
+
+def _as_dict(by_k: Mapping[int, Mapping[str, Figure]]) -> dict[str, Any]:
+    return {str(k): {name: dataclasses.asdict(figure) for name, figure in row.items()} for k, row in by_k.items()}
+
+
+def nearest(
+    train_x: Tensor, test_x: Tensor, k: int, *, device: torch.device, skip_self: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The k nearest train rows of each test row by Euclidean distance: 1 / (distance + 1e-5) and index (Q, k).
+
+    Args:
+        train_x: (N, D).
+        test_x: (Q, D).
+        k: at most N, and at most N - 1 with `skip_self`.
+        device: where to search.
+        skip_self: test row i is train row i and does not count among its own neighbours.
+    """
+    gallery = train_x.float().to(device)
+    rows = max(1, SCORES // (8 * len(gallery)))
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(test_x), rows):
+        part = test_x[start : start + rows].float().to(device)
+        # Not by |a|^2 + |b|^2 - 2ab: of close rows that is rounding only, and a copy has to be at 0.
+        distance = torch.cdist(part, gallery, compute_mode="donot_use_mm_for_euclid_dist")
+        if skip_self:
+            own = torch.arange(len(part), device=device)
+            distance[own, start + own] = torch.inf
+        best = distance.topk(k, dim=1, largest=False)
+        found.append(((1 / (best.values + EPSILON)).cpu(), best.indices.cpu()))
+    return torch.cat([one for one, _ in found]), torch.cat([one for _, one in found])
 
 
 def vote_ranks(
-    similarity: Tensor, labels: Tensor, y: Tensor, classes: int, ks: Sequence[int], temperature: float
+    similarity: Tensor, labels: Tensor, y: Tensor, classes: int, ks: Sequence[int], temperature: float | None
 ) -> dict[int, Tensor]:
     """Rank (Q,) of the true class in the vote of the k nearest, for each k; `classes` where nobody voted for it.
 
@@ -170,14 +261,15 @@ def vote_ranks(
         y: true classes (Q,).
         classes: their number C.
         ks: numbers of neighbours, ascending, at most K.
-        temperature: of the softmax.
+        temperature: of the softmax; `None` takes similarities as weights.
     """
     ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
     rows = max(1, SCORES // classes)
     parts = zip(*(torch.split(values, rows) for values in (similarity, labels, y)))
     for near, label, truth in parts:
         # In float32, where softmax subtracts the maximum; a far neighbour's vote is small but never nothing.
-        weight = torch.softmax(near.float() / temperature, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        weight = near.float() if temperature is None else torch.softmax(near.float() / temperature, dim=1)
+        weight = weight.clamp_min(torch.finfo(torch.float32).tiny)
         scores = torch.zeros(len(near), classes)
         counted = 0
         for k in ks:

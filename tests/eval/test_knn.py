@@ -10,8 +10,8 @@ from torch import Tensor
 from convscope.core.errors import UserError
 from convscope.core.results import load_result
 from convscope.eval.features import Features
-from convscope.eval.knn import KnnCommand, KnnConfig, knn, run, vote_ranks
-from convscope.eval.neighbours import neighbours, search_faiss, search_torch
+from convscope.eval.knn import KnnCommand, KnnConfig, knn, nearest, preset, run, vote_ranks
+from convscope.eval.neighbours import largest, neighbours, search_faiss, search_torch
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def slow_hits(
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 def test_equals_the_slow_vote(temperature: float) -> None:
     train, test = clusters(120, 9, 0, noise=2.0), clusters(45, 9, 1, noise=2.0)
-    found = knn(train, test, KnnConfig(k=(3, 20, 50), temperature=temperature, device="cpu"))
+    found = knn(train, test, KnnConfig(k=(3, 20, 50), temperature=(temperature,), device="cpu"))
     assert list(found.by_k) == [3, 20, 50]
     for k, row in found.by_k.items():
         for name, top in (("top1", 1), ("top5", 5)):
@@ -91,6 +91,18 @@ def test_faiss_and_torch_find_the_same() -> None:
     torch.testing.assert_close(by_faiss[0], similarity, rtol=0, atol=1e-6)
     torch.testing.assert_close(train[by_faiss[1]].mul(test[:, None]).sum(-1), similarity, rtol=0, atol=1e-6)
     assert (by_faiss[1] == index).float().mean() > 0.99  # neighbours as near as rounding may swap
+
+
+@pytest.mark.parametrize(("count", "k"), [(1000, 7), (1003, 1), (999, 15), (999, 16), (70, 1), (40, 40)])
+def test_largest_equals_topk(count: int, k: int) -> None:
+    values = torch.randn(9, count, generator=torch.Generator().manual_seed(count))
+    values[0] = values[0].sort().values  # all in the last groups
+    values[1] = 1.0  # all equal
+    values[2] = torch.randint(0, 3, (count,)).float()
+    found, index = largest(values, k)
+    assert torch.equal(found, values.topk(k, dim=1).values)
+    assert torch.equal(values.gather(1, index), found)
+    assert all(len(row.unique()) == k for row in index)
 
 
 def test_search_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,10 +170,93 @@ def test_labels_that_do_not_fit_are_told() -> None:
             knn(one, other, KnnConfig(device="cpu"))
 
 
-@pytest.mark.parametrize(("name", "value"), [("k", ()), ("k", (0, 3)), ("temperature", 0.0), ("temperature", math.nan)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("k", ()),
+        ("k", (0, 3)),
+        ("temperature", (0.1, 0.0)),
+        ("temperature", (math.nan,)),
+        ("distance", ()),
+        ("headline_k", 0),
+    ],
+)
 def test_settings_are_checked(name: str, value: object) -> None:
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=name.replace("_", "-")):
         KnnConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_euclidean_vote_equals_the_slow_one(own: bool) -> None:
+    train = clusters(60, 7, 0, noise=1.5)
+    test = train if own else clusters(40, 7, 1, noise=1.5)
+    assert train.y is not None
+    assert test.y is not None
+    found = knn(train, test, KnnConfig(k=(1, 10), distance=("euclidean",), skip_self=own, device="cpu"))
+    for k in (1, 10, 20):
+        hits = []
+        for q, query in enumerate(test.x.double().tolist()):
+            distances = sorted(
+                (math.dist(query, row), int(train.y[i]))
+                for i, row in enumerate(train.x.double().tolist())
+                if not (own and i == q)
+            )
+            scores: dict[int, float] = {}
+            for distance, label in distances[:k]:
+                scores[label] = scores.get(label, 0.0) + 1 / (distance + 1e-5)
+            hits.append(min(scores, key=lambda label: (-scores[label], label)) == int(test.y[q]))
+        assert found.by_k[k]["top1"].value == pytest.approx(sum(hits) / len(hits))
+    assert found.details["way"] == "euclidean"
+
+
+def test_a_copy_is_at_distance_zero() -> None:
+    x = 1000 + torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    weight, index = nearest(x, x, 1, device=CPU)
+    assert index[:, 0].tolist() == list(range(30))
+    torch.testing.assert_close(weight, torch.full((30, 1), 1e5))
+    assert (nearest(x, x, 5, device=CPU, skip_self=True)[1] != torch.arange(30)[:, None]).all()
+
+
+def test_several_ways_of_voting() -> None:
+    train, test = clusters(120, 9, 0, noise=2.0), clusters(45, 9, 1, noise=2.0)
+    config = KnnConfig(k=(5, 20), temperature=(0.07, 0.5), distance=("cosine", "euclidean"), device="cpu")
+    found = knn(train, test, config)
+    assert list(found.others) == ["T=0.5", "euclidean"]
+    for way, alone in {
+        "T=0.5": KnnConfig(k=(5, 20), temperature=(0.5,), device="cpu"),
+        "euclidean": KnnConfig(k=(5, 20), distance=("euclidean",), device="cpu"),
+    }.items():
+        expected = knn(train, test, alone)
+        assert found.others[way] == expected.by_k
+        assert found.figures[f"top1 k=5 {way}"] == expected.figures["top1 k=5"]
+    assert found.figures["top1"] == knn(train, test, KnnConfig(k=(5, 20), device="cpu")).figures["top1"]
+
+
+def test_presets_are_flags_that_the_users_own_follow() -> None:
+    from convscope.cli import _parse, _preset_flags
+
+    def parsed(name: str, *flags: str) -> KnnCommand:
+        from convscope.eval import knn as module
+
+        words = ["timm:resnet10t", "--data", "d", *flags]
+        config: KnnCommand = _parse(KnnCommand, _preset_flags(module, KnnCommand, name, words) + words, "knn", None)
+        return config
+
+    lightly = parsed("lightly")
+    assert (lightly.k, lightly.temperature, lightly.headline_k) == ((200,), (0.1,), 200)
+    solo = parsed("solo-learn", "--k", "3")
+    assert (solo.k, len(solo.temperature), solo.distance) == ((3,), 8, ("cosine", "euclidean"))
+    assert parsed("dinov2") == KnnCommand(model="timm:resnet10t", data="d")
+    with pytest.raises(UserError, match="presets of knn: dinov2, lightly, solo-learn"):
+        preset(KnnCommand, "dino", [])
+
+
+def test_features_that_are_not_finite_are_told() -> None:
+    train = clusters(20, 2, 0)
+    with pytest.raises(UserError, match="NaN"):
+        knn(train, features(train.x.log(), train.y), KnnConfig(device="cpu"))
+    with pytest.raises(UserError, match="do not fit"):
+        knn(train, features(train.x[:0], []), KnnConfig(device="cpu"))
 
 
 def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
