@@ -342,7 +342,7 @@ def test_presets_that_do_not_fit(fails: Callable[..., str], data: Path, tmp_path
     said = fails(*spark(data, tmp_path, "--preset", "official"))
     assert "published for resnet50" in said
     assert "not for resnet18_cifar" in said
-    assert "no presets" in fails("eval", "knn", "timm:resnet18", "--data", str(data), "--preset", "official")
+    assert "no presets" in fails("eval", "retrieval", "timm:resnet18", "--data", str(data), "--preset", "x")
 
 
 def test_the_shell_line_of_the_readme(data: Path, run_dir: Path, tmp_path: Path) -> None:

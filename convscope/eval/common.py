@@ -113,8 +113,11 @@ def require_fit(train: Features, test: Features) -> None:
     if len(train.x) == 0 or len(test.x) == 0 or train.x.shape[1] != test.x.shape[1]:
         raise UserError(f"train features {tuple(train.x.shape)} and test features {tuple(test.x.shape)} do not fit")
     for name, part in (("train", train), ("test", test)):
-        if not all(rows.isfinite().all() for rows in torch.split(part.x, CHUNK)):
-            raise UserError(f"the {name} features hold NaN or infinity")
+        for start in range(0, len(part.x), CHUNK):
+            bad = ~part.x[start : start + CHUNK].isfinite().all(1)
+            if bad.any():
+                key = part.keys[start + int(bad.int().argmax())]
+                raise UserError(f"the {name} features of {key} hold NaN or infinity; is the model trained well?")
 
 
 def labelled(train: Features, test: Features) -> Labelled:

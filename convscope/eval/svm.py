@@ -32,6 +32,7 @@ from convscope.eval.common import (
     print_table,
     rank_of_truth,
     require_at_least,
+    require_fit,
     save_frozen,
 )
 from convscope.eval.features import Features
@@ -225,19 +226,10 @@ def _targets(train: Features, test: Features) -> tuple[Tensor, Tensor, Tensor | 
         part = labelled(train, test)
         of_train = torch.nn.functional.one_hot(part.train_y, part.classes)
         return of_train, torch.nn.functional.one_hot(part.test_y, part.classes), part.test_y
-    if (
-        not len(train.x)
-        or not len(test.x)
-        or train.y.shape[1:] != test.y.shape[1:]
-        or train.x.shape[1] != test.x.shape[1]
-    ):
-        raise UserError(
-            f"train features {tuple(train.x.shape)} with targets {tuple(train.y.shape)} and test features "
-            f"{tuple(test.x.shape)} with targets {tuple(test.y.shape)} do not fit"
-        )
+    require_fit(train, test)
+    if train.y.shape[1:] != test.y.shape[1:]:
+        raise UserError(f"train targets {tuple(train.y.shape)} and test targets {tuple(test.y.shape)} do not fit")
     for one, y in ((train, train.y), (test, test.y)):
-        if not bool(torch.isfinite(one.x).all()):
-            raise UserError("these features contain NaN or infinity; is the model trained well?")
         if not bool(torch.isin(y, y.new_tensor([-1, 0, 1])).all()):
             raise UserError("targets of several labels must be 1 (present), 0 (absent) or -1 (ignored)")
         if len(absent := torch.nonzero((y == 1).sum(0) == 0)):

@@ -188,7 +188,7 @@ def test_mistakes_are_told() -> None:
     bad[3, 2] = math.nan
     with pytest.raises(UserError, match="NaN"):
         logistic_regression(Features(train.keys, bad, train.y), test, config)
-    with pytest.raises(UserError, match="several columns"):
+    with pytest.raises(UserError, match="one class an image"):
         logistic_regression(Features(train.keys, train.x, torch.zeros(200, 3)), test, config)
     few = Features(train.keys[:8], train.x[:8], torch.arange(8) % 6)
     with pytest.raises(UserError, match="needs 10 or more, got 8"):

@@ -100,7 +100,7 @@ def test_what_an_index_misses_counts_as_never_found() -> None:
 def test_features_that_are_not_finite(value: float, index: str) -> None:
     queries = features(20, 1)
     queries.x[7, 3] = value
-    with pytest.raises(UserError, match="image 7 "):
+    with pytest.raises(UserError, match=f"test features of {queries.keys[7]} hold NaN"):
         retrieval(features(20, 0), queries, RetrievalConfig(device="cpu", index=index))
 
 

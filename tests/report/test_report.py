@@ -251,7 +251,7 @@ def test_a_folder_of_runs_is_its_runs_and_what_waits_is_left_out(
     assert expand([runs[0], sweep]) == runs
     assert expand(sorted(sweep.iterdir())) == runs  # a shell's SWEEP/*
     assert f"{sweep / 'seed=2'} holds no results yet" in capsys.readouterr().err
-    run(ReportCommand(runs=(sweep,), output=tmp_path / "report.html"))
+    run(ReportCommand(runs=(sweep,), output=(tmp_path / "report.html",)))
     assert capsys.readouterr().out.count("seed=") == 2
     with pytest.raises(UserError, match="nothing to report"):
         expand([sweep / "seed=2"])
