@@ -279,7 +279,7 @@ def save_frozen(result: EvalResult, config: FrozenFeatures) -> Path:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A small table on standard output."""
-    table = Table(*header, box=SIMPLE)
+    table = Table(*header, box=SIMPLE, show_header=any(header))
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console()

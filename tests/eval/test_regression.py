@@ -99,7 +99,7 @@ def test_what_cannot_be_predicted_is_told() -> None:
         linear_probe(train, Features(train.keys, train.x, train.y / 0), config(), "regression")
     with pytest.raises(UserError, match="do not fit"):
         linear_probe(train, Features(train.keys, train.x, train.y[:, :1]), config(), "regression")
-    with pytest.raises(UserError, match="features hold NaN"):
+    with pytest.raises(UserError, match="hold NaN"):
         linear_probe(train, Features(train.keys, train.x / 0, train.y), config(), "regression")
     with pytest.raises(UserError, match="penalties"):
         config(penalties=(0.0,))
