@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from convscope.eval.common import EvalSettings
 
-SIMILARITIES = 2**27  # held at a time; on a CPU an eighth, which is as fast
+SIMILARITIES = 2**27  # held at a time
 NUMBERS = 2**26  # of features that are normalised at a time, 256 MB
-GROUP = 16  # similarities of which only the largest is looked at first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ def neighbours(
         train_x: (N, D).
         test_x: (Q, D).
         k: at most N, and at most N - 1 with `skip_self`.
-        device: where to search; benchmarks/knn.py has faiss's flat index beside it.
+        device: faiss searches on the CPU, which is fastest there (benchmarks/knn.md), torch elsewhere.
         skip_self: test row i is train row i and does not count among its own neighbours.
     """
     rows = max(1, NUMBERS // train_x.shape[1])
@@ -74,29 +73,6 @@ def search_faiss(train_x: Tensor, test_x: Tensor, k: int) -> tuple[Tensor, Tenso
 def search_torch(train_x: Tensor, test_x: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Largest inner products, (Q, k) each, some rows at a time on `device`."""
     train_x = train_x.to(device).T
-    rows = max(1, SIMILARITIES // (8 if device.type == "cpu" else 1) // train_x.shape[1])
-    best = [largest(part.to(device) @ train_x, k) for part in torch.split(test_x, rows)]
-    return torch.cat([values.cpu() for values, _ in best]), torch.cat([index.cpu() for _, index in best])
-
-
-def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their indices, (Q, k) each, as `topk` finds them, but for the order of ties.
-
-    The k largest are in the k groups with the largest maxima: no other group has a value above any of these.
-
-    Args:
-        values: (Q, N).
-        k: at most N.
-    """
-    count = values.shape[1]
-    groups = count // GROUP
-    if k * GROUP * 2 > count:
-        found = values.topk(k, dim=1)
-        return found.values, found.indices
-    grouped = values[:, : groups * GROUP].reshape(-1, GROUP, groups)  # a group is a column
-    chosen = grouped.amax(1).topk(k, dim=1, sorted=False).indices  # (Q, k)
-    index = (chosen[..., None] + groups * torch.arange(GROUP, device=values.device)).flatten(1)
-    rest = torch.arange(groups * GROUP, count, device=values.device).expand(len(values), -1)
-    index = torch.cat([index, rest], 1)
-    found = values.gather(1, index).topk(k, dim=1)
-    return found.values, index.gather(1, found.indices)
+    rows = max(1, SIMILARITIES // train_x.shape[1])
+    best = [(part.to(device) @ train_x).topk(k, dim=1) for part in torch.split(test_x, rows)]
+    return torch.cat([found.values.cpu() for found in best]), torch.cat([found.indices.cpu() for found in best])

@@ -11,7 +11,7 @@ from convscope.core.errors import UserError
 from convscope.core.results import load_result
 from convscope.eval.features import Features
 from convscope.eval.knn import KnnCommand, KnnConfig, knn, nearest, preset, run, vote_ranks
-from convscope.eval.neighbours import largest, neighbours, search_faiss, search_torch
+from convscope.eval.neighbours import neighbours, search_faiss, search_torch
 
 CPU = torch.device("cpu")
 
@@ -91,18 +91,6 @@ def test_faiss_and_torch_find_the_same() -> None:
     torch.testing.assert_close(by_faiss[0], similarity, rtol=0, atol=1e-6)
     torch.testing.assert_close(train[by_faiss[1]].mul(test[:, None]).sum(-1), similarity, rtol=0, atol=1e-6)
     assert (by_faiss[1] == index).float().mean() > 0.99  # neighbours as near as rounding may swap
-
-
-@pytest.mark.parametrize(("count", "k"), [(1000, 7), (1003, 1), (999, 15), (999, 16), (70, 1), (40, 40)])
-def test_largest_equals_topk(count: int, k: int) -> None:
-    values = torch.randn(9, count, generator=torch.Generator().manual_seed(count))
-    values[0] = values[0].sort().values  # all in the last groups
-    values[1] = 1.0  # all equal
-    values[2] = torch.randint(0, 3, (count,)).float()
-    found, index = largest(values, k)
-    assert torch.equal(found, values.topk(k, dim=1).values)
-    assert torch.equal(values.gather(1, index), found)
-    assert all(len(row.unique()) == k for row in index)
 
 
 def test_search_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
