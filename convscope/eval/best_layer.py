@@ -1,13 +1,23 @@
-"""One probe for each layer, of which the one that was best without the test set is reported."""
+"""One probe for each layer; the one that was best without the test set is reported, beside a table of them all."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from convscope.core.errors import UserError
 from convscope.core.results import EvalResult, Figure
-from convscope.eval.common import EvalSettings, FrozenFeatures, extract_both, frozen_result, open_both, same_samples
+from convscope.eval.common import (
+    EvalSettings,
+    FrozenFeatures,
+    extract_both,
+    frozen_result,
+    open_both,
+    percent,
+    print_table,
+    same_samples,
+    save_frozen,
+)
 from convscope.eval.features import Features
 
 
@@ -52,6 +62,31 @@ def probe_layers(
         details={"layer": best, "layers": {layer: one.details for layer, one in probes.items()}, **details},
         seed=settings.seed,
     )
+
+
+def show_layers(
+    result: EvalResult, config: FrozenFeatures, names: Sequence[str], cells: Callable[[Mapping[str, Any]], list[str]]
+) -> None:
+    """Print a row for each layer, the best one marked, and write the result.
+
+    Args:
+        result: of `probe_layers`.
+        config: where it goes.
+        names: of the columns between a layer's width and its test figures.
+        cells: those columns of a layer's details.
+    """
+    rows = [
+        [
+            f"{layer} *" if layer == result.details["layer"] else layer,
+            str(row["dimensions"]),
+            *cells(row),
+            *(percent(Figure(**figure)) for figure in row["test"].values()),
+        ]
+        for layer, row in result.details["layers"].items()
+    ]
+    header = ["layer", "width", *names, *(f"test {name}" for name in result.figures)]
+    print_table(f"{result.task} {config.model}", header, rows)
+    save_frozen(result, config)
 
 
 def settings_of(config: object, config_class: type) -> dict[str, Any]:

@@ -9,18 +9,14 @@ from torch import Tensor
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import progress
-from convscope.core.results import Figure
-from convscope.eval.best_layer import Probe, probe_layers, settings_of
+from convscope.eval.best_layer import Probe, probe_layers, settings_of, show_layers
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     accuracies,
     labelled,
-    percent,
-    print_table,
     rank_of_truth,
     require_at_least,
-    save_frozen,
 )
 from convscope.eval.features import Features
 from convscope.eval.softmax_regression import Solution, softmax_regression
@@ -77,19 +73,12 @@ def run(config: LogRegCommand) -> None:
         protocol=PROTOCOL,
         details={"settings": settings_of(config, LogRegConfig)},
     )
-    rows = [
-        [
-            f"{layer} *" if layer == result.details["layer"] else layer,
-            str(row["dimensions"]),
-            f"{row['c']:.3g}{' (edge)' if row['c_at_edge'] else ''}",
-            f"{row['holdout_top1']:.2%}",
-            *(percent(Figure(**row["test"][name])) for name in row["test"]),
-        ]
-        for layer, row in result.details["layers"].items()
-    ]
-    names = [f"test {name}" for name in result.figures]
-    print_table(f"{TASK} {config.model}", ["layer", "width", "C", "held-out top1", *names], rows)
-    save_frozen(result, config)
+    show_layers(
+        result,
+        config,
+        ["C", "held-out top1"],
+        lambda row: [f"{row['c']:.3g}{' (edge)' if row['c_at_edge'] else ''}", f"{row['holdout_top1']:.2%}"],
+    )
 
 
 def logistic_regression(train: Features, test: Features, config: LogRegConfig) -> Probe:

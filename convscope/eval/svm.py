@@ -22,18 +22,15 @@ from torch import Tensor
 from convscope.core.errors import UserError
 from convscope.core.log import progress
 from convscope.core.results import BOOTSTRAP_RESAMPLES, Figure
-from convscope.eval.best_layer import Probe, probe_layers, settings_of
+from convscope.eval.best_layer import Probe, probe_layers, settings_of, show_layers
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     accuracies,
     labelled,
-    percent,
-    print_table,
     rank_of_truth,
     require_at_least,
     require_fit,
-    save_frozen,
 )
 from convscope.eval.features import Features
 
@@ -106,18 +103,7 @@ def run(config: SvmCommand) -> None:
         protocol=PROTOCOL,
         details={"settings": settings_of(config, SvmConfig)},
     )
-    rows = [
-        [
-            f"{layer} *" if layer == result.details["layer"] else layer,
-            str(row["dimensions"]),
-            f"{row['cross_validated_map']:.2%}",
-            *(percent(Figure(**row["test"][name])) for name in row["test"]),
-        ]
-        for layer, row in result.details["layers"].items()
-    ]
-    header = ["layer", "width", "cross-validated mAP", *(f"test {name}" for name in result.figures)]
-    print_table(f"{TASK} {config.model}", header, rows)
-    save_frozen(result, config)
+    show_layers(result, config, ["cross-validated mAP"], lambda row: [f"{row['cross_validated_map']:.2%}"])
 
 
 def svm(train: Features, test: Features, config: SvmConfig) -> Probe:
