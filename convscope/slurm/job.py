@@ -20,6 +20,7 @@ REFUSED = 2  # exit code of a mistake that the user has to mend
 SUPERSEDED = 75  # as in core.checkpoint, which imports torch
 HOPELESS = "hopeless"  # a file beside the logs, for a job or one attempt of it: it asks for no further attempt
 PAUSES = (1, 3, 10)  # seconds between tries to reach SLURM's controller
+GOES_ON = {"RUNNING", "SIGNALING"}  # the second one for a moment, after each signal that SLURM passes on
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def requeue(job: str) -> bool:
         shown = _output("scontrol", "show", "job", "-o", job)
         if shown is not None:
             fields = dict(part.split("=", 1) for part in shown.split() if "=" in part)
-            if fields.get("JobState") != "RUNNING" or fields.get("Restarts") != _restarts():
+            if fields.get("JobState") not in GOES_ON or fields.get("Restarts") != _restarts():
                 return True
             if _output("scontrol", "requeue", job) is not None:
                 return True

@@ -61,6 +61,9 @@ def test_a_task_of_an_array_names_itself_and_not_the_array(monkeypatch: pytest.M
 def test_a_stopped_attempt_asks_for_the_next_one(slurm: Path) -> None:
     assert requeue("7_2")
     assert requeued(slurm) == ["7_2"]
+    shown(slurm, "SIGNALING", 0)  # the signal that stopped it may still be on its way to another node
+    assert requeue("7")
+    assert requeued(slurm) == ["7"]
     shown(slurm, "COMPLETING", 0)
     assert requeue("7")
     shown(slurm, "RUNNING", 1)  # somebody has requeued it already
