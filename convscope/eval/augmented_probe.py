@@ -24,6 +24,7 @@ from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     frozen_result,
+    hits_of,
     labelled,
     open_both,
     percent,
@@ -36,6 +37,7 @@ from convscope.eval.probe_inputs import PositionInputs, block_inputs, layer_inpu
 from convscope.eval.probe_objective import AttentiveHead, FrozenProbe, Initial, LinearHeads
 from convscope.eval.probe_score import EpochAccuracy, best_head_figures, each_accuracy, rank_test_images
 
+TASK = "linear-probe"
 Protocol = Literal["holdout", "cached", "dinov2", "mae", "lightly"]
 
 DINOV2_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -193,7 +195,7 @@ def augmented_probe(config: AugmentedProbeConfig) -> EvalResult | None:
             if not main:
                 return None
             result = _result(config, trained, shards, test, ranks, run_dir)
-            save_result(config.output or config.output_dir / "results" / f"{result.task}.json", result)
+            save_result(config.output or config.output_dir / "results" / f"{TASK}-{_name(config)}.json", result)
     _print(result, config)
     return result
 
@@ -267,18 +269,22 @@ def _result(
         details["top1_by_step"] = epochs
         details["top1_best_epoch"] = "the maximum over epochs and heads on the reported images"
     details |= {"head": config.head, "parameters": count_parameters(trained)}
-    name = f"{config.protocol}{'-attentive' if config.head == 'attentive' else ''}"
     return frozen_result(
         trained.backbone,
         shards,
         test,
         config,
-        task=f"linear-probe-{name}",
-        protocol=f"{name}/1",
+        task=TASK,
+        protocol=f"{_name(config)}/1",
         figures=figures,
         details=details,
         seed=config.seed,
+        samples=hits_of(ranks[:, choice.best], len(trained.known)),
     )
+
+
+def _name(config: AugmentedProbeConfig) -> str:
+    return f"{config.protocol}-attentive" if config.head == "attentive" else config.protocol
 
 
 def _print(result: EvalResult, config: AugmentedProbeConfig) -> None:

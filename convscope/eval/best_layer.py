@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convscope.core.errors import UserError
-from convscope.core.results import EvalResult, Figure
+from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
@@ -16,7 +16,7 @@ from convscope.eval.common import (
     percent,
     print_table,
     same_samples,
-    save_frozen,
+    save_at,
 )
 from convscope.eval.features import Features
 
@@ -28,6 +28,7 @@ class Probe:
     figures: Mapping[str, Figure]
     holdout: float  # the larger the better
     details: Mapping[str, Any]
+    samples: Samples = dataclasses.field(default_factory=dict, compare=False, repr=False)  # of the figures
 
 
 def probe_layers(
@@ -61,6 +62,7 @@ def probe_layers(
         figures=probes[best].figures,
         details={"layer": best, "layers": {layer: one.details for layer, one in probes.items()}, **details},
         seed=settings.seed,
+        samples=probes[best].samples,
     )
 
 
@@ -86,7 +88,7 @@ def show_layers(
     ]
     header = ["layer", "width", *names, *(f"test {name}" for name in result.figures)]
     print_table(f"{result.task} {config.model}", header, rows)
-    save_frozen(result, config)
+    save_at(result, config.output, config.model)
 
 
 def settings_of(config: object, config_class: type) -> dict[str, Any]:

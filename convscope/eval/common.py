@@ -25,7 +25,7 @@ from convscope.core.results import EvalResult, Figure, Samples, bootstrap, save_
 from convscope.eval.feature_store import Store
 from convscope.eval.features import Features, Pool, Precision, extract
 from convscope.eval.layers import concatenate, wanted_layers
-from convscope.eval.output import default_output
+from convscope.eval.output import save_by_name
 from convscope.eval.targets import Targets, read_targets
 
 CHUNK = 65_536  # rows checked at a time
@@ -67,8 +67,8 @@ class FrozenFeatures:
     cache: bool = True
     """Keep features in the cache folder ($CONVSCOPE_CACHE)."""
     output: Path | None = None
-    """Result file; default RUN/results/TASK.json for a run, else results/ARCH-TASK.json; on other data than a result
-    that is there, TASK-DATA.json."""
+    """Result file; default RUN/results/TASK.json for a run, else results/ARCH-TASK.json, with a longer name where a
+    result of another protocol, of other data or settings is there."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "batch_size")
@@ -269,10 +269,12 @@ def frozen_result(
     )
 
 
-def save_frozen(result: EvalResult, config: FrozenFeatures) -> Path:
-    """Write the result where the settings say, and name the file on the terminal."""
-    path = config.output or default_output(config.model, str(result.model["arch"]), result.task, result.data)
-    save_result(path, result)
+def save_at(result: EvalResult, output: Path | None, model: str, stem: str | None = None) -> Path:
+    """Write the result to `output`, or as `save_by_name` says where that is None, and name the file on the terminal."""
+    if output is None:
+        path = save_by_name(result, model, stem)
+    else:
+        save_result(path := output, result)
     info(f"{result.task}: wrote {path}")
     return path
 

@@ -26,7 +26,7 @@ from convscope.eval.common import (
     percent,
     print_table,
     same_samples,
-    save_frozen,
+    save_at,
 )
 from convscope.eval.features import Features
 from convscope.eval.linear_heads import LinearProbeConfig
@@ -95,13 +95,17 @@ def run(config: DataScalingCommand) -> None:
         task=TASK,
         protocol=f"{PROTOCOL} {config.probe}",
         figures=figures_by_layer({layer: one.figures for layer, one in found.items()}),
-        details={"settings": settings_of(config, DataScalingConfig), "fit": "least squares, Student's 95 % interval"},
+        details={
+            "layers": list(found),
+            "settings": settings_of(config, DataScalingConfig),
+            "fit": "least squares, Student's 95 % interval",
+        },
         seed=config.seed,
     )
     rows = [[layer, *map(percent, one.by_count.values()), percent(one.slope)] for layer, one in found.items()]
     counts = next(iter(found.values())).by_count
     print_table(f"{TASK} {config.model}", ["layer", *(f"n={count}" for count in counts), "a decade"], rows)
-    _draw(save_frozen(result, config), found)
+    _draw(save_at(result, config.output, config.model), found)
 
 
 def data_scaling(train: Features, test: Features, config: DataScalingConfig) -> DataScaling:

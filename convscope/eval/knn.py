@@ -13,6 +13,7 @@ from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.results import EvalResult, Figure, Samples
+from convscope.eval.best_layer import settings_of
 from convscope.eval.common import (
     FrozenFeatures,
     accuracies,
@@ -28,7 +29,7 @@ from convscope.eval.common import (
     require_at_least,
     require_same_keys,
     same_samples,
-    save_frozen,
+    save_at,
 )
 from convscope.eval.features import Features
 from convscope.eval.neighbours import NeighbourSettings, neighbours
@@ -147,7 +148,7 @@ def run(config: KnnCommand) -> None:
     ]
     header = ["layer", "vote", "k", "test top1", "test top5"][: len(rows[0])]
     print_table(f"{TASK} {config.model}", header, rows)
-    save_frozen(result, config)
+    save_at(result, config.output, config.model)
 
 
 def _shown(row: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -165,7 +166,10 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: KnnCom
     both = extract_both(backbone, train, test, config, config.device)
     votes = {layer: knn(*parts, config) for layer, parts in both.items()}
     figures = figures_by_layer({layer: vote.figures for layer, vote in votes.items()})
-    details = {"layers": {layer: vote.details for layer, vote in votes.items()}}
+    details = {
+        "layers": {layer: vote.details for layer, vote in votes.items()},
+        "settings": settings_of(config, KnnConfig),
+    }
     return frozen_result(
         backbone,
         train,

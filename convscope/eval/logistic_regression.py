@@ -14,6 +14,7 @@ from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     accuracies,
+    hits_of,
     labelled,
     rank_of_truth,
     require_at_least,
@@ -110,7 +111,7 @@ def logistic_regression(train: Features, test: Features, config: LogRegConfig) -
         "dimensions": x.shape[1],
         "classes": part.classes,
     }
-    return Probe(figures, hits[best], details)
+    return Probe(figures, hits[best], details, hits_of(ranks, part.classes))
 
 
 def holdout_split(count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from convscope.core.errors import UserError
 from convscope.core.log import progress
-from convscope.core.results import BOOTSTRAP_RESAMPLES, Figure
+from convscope.core.results import BOOTSTRAP_RESAMPLES, Figure, Samples
 from convscope.eval.best_layer import Probe, probe_layers, settings_of, show_layers
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     accuracies,
+    hits_of,
     labelled,
     rank_of_truth,
     require_at_least,
@@ -134,8 +135,11 @@ def svm(train: Features, test: Features, config: SvmConfig) -> Probe:
     scores.index_add_(0, views, torch.from_numpy(np.stack([one.scores for one in found], 1)))
     scores /= torch.bincount(views)[:, None]
     figures = {"map": mean_average_precision(scores, test_targets[first], config.seed)}
+    samples: Samples = {}
     if y is not None:
-        figures |= accuracies(rank_of_truth(scores, y[first]), len(found), config.seed)
+        ranks = rank_of_truth(scores, y[first])
+        figures |= accuracies(ranks, len(found), config.seed)
+        samples = hits_of(ranks, len(found))
     cross_validated = float(np.mean([one.average_precision for one in found]))
     details = {
         "test": {name: dataclasses.asdict(figure) for name, figure in figures.items()},
@@ -145,7 +149,7 @@ def svm(train: Features, test: Features, config: SvmConfig) -> Probe:
         "dimensions": train_x.shape[1],
         "classes": len(found),
     }
-    return Probe(figures, cross_validated, details)
+    return Probe(figures, cross_validated, details, samples)
 
 
 def prepare(train_x: Tensor, test_x: Tensor, whiten: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

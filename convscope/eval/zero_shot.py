@@ -13,11 +13,10 @@ from convscope.core.data.subset import read_labels
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.files import read_bytes
-from convscope.core.log import info
 from convscope.core.memory import keep_freed_memory
 from convscope.core.pairs.embed import SIMPLE, embed_classes, embed_images
 from convscope.core.pairs.pair import load_pair
-from convscope.core.results import EvalResult, save_result
+from convscope.core.results import EvalResult
 from convscope.eval.common import (
     EvalSettings,
     accuracies,
@@ -26,8 +25,8 @@ from convscope.eval.common import (
     print_table,
     rank_of_truth,
     require_at_least,
+    save_at,
 )
-from convscope.eval.output import default_output
 
 TASK = "zero-shot"
 PROTOCOL = "zero-shot/1"
@@ -69,9 +68,7 @@ def run(config: ZeroShotCommand) -> None:
     result = zero_shot(config)
     rows = [[name, percent(figure)] for name, figure in result.figures.items()]
     print_table(f"{TASK} {config.model}", ["figure", "value"], rows)
-    path = config.output or default_output(config.model, str(result.model["arch"]), TASK, result.data)
-    save_result(path, result)
-    info(f"{TASK}: wrote {path}")
+    save_at(result, config.output, config.model)
 
 
 def zero_shot(config: ZeroShotCommand) -> EvalResult:

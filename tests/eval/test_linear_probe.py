@@ -274,9 +274,9 @@ def test_every_kind_of_target(
     monkeypatch.chdir(tmp_path)
     layers = ("layer1+layer2", "layer1")
     run(command(small_shards, protocol=protocol, targets=targets, label=label, layers=layers))
-    task = "linear-probe" if protocol == "holdout" else "linear-probe-cached"
-    result = load_result(Path(f"results/resnet10t@random-{task}.json"))
-    assert (result.task, result.protocol, result.data["targets"]) == (task, f"{protocol}/1", targets)
+    name = "linear-probe" if protocol == "holdout" else "linear-probe-cached"
+    result = load_result(Path(f"results/resnet10t@random-{name}.json"))
+    assert (result.task, result.protocol, result.data["targets"]) == ("linear-probe", f"{protocol}/1", targets)
     assert set(result.figures) == figures
     assert list(result.details["layers"]) == ["layer1", "layer1+layer2"]
     row = result.details["layers"]["layer1+layer2"]
