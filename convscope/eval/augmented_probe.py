@@ -20,19 +20,18 @@ from convscope.core.results import EvalResult, Figure, save_result
 from convscope.core.training.config import RESUMABLE, Hook, TrainConfig, TrainData
 from convscope.core.training.loop import train
 from convscope.core.training.optimization import OptimizerConfig, count_parameters
+from convscope.eval.classes import hits_of, known_classes
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     frozen_result,
-    hits_of,
-    labelled,
     open_both,
     percent,
     print_table,
     require_at_least,
-    same_samples,
+    require_two_splits,
 )
-from convscope.eval.features import POOLED, Features
+from convscope.eval.features import POOLED
 from convscope.eval.probe_inputs import PositionInputs, block_inputs, layer_inputs, position_inputs
 from convscope.eval.probe_objective import AttentiveHead, FrozenProbe, Initial, LinearHeads
 from convscope.eval.probe_score import EpochAccuracy, best_head_figures, each_accuracy, rank_test_images
@@ -180,9 +179,9 @@ def augmented_probe(config: AugmentedProbeConfig) -> EvalResult | None:
     assert config.output_dir is not None
     with distributed.process_group(distributed.pick_device(config.device)):
         backbone, shards, test = open_both(config)
-        if same_samples(shards, test):
-            raise UserError(f"{shards.source}: splits {shards.split} and {test.split} are the same shards")
-        objective = build_probe(backbone, _known_classes(shards, test, config.label), config)
+        require_two_splits(shards, test)
+        known = known_classes(*(read_labels(part, config.label) for part in (shards, test)))
+        objective = build_probe(backbone, known, config)
         main = distributed.is_main()
         data = _train_data(config, backbone, shards)
         with RunDirectory(config.output_dir, main=main, takes_over="CONVSCOPE_JOB" in os.environ) as run_dir:
@@ -224,15 +223,6 @@ def build_probe(backbone: Backbone, known: torch.Tensor, config: AugmentedProbeC
     widths = inputs.widths(backbone.eval())
     heads = LinearHeads(widths, classes, len(rates), recipe.initial, recipe.normed)
     return FrozenProbe(backbone, inputs, heads, known, rates.repeat(len(widths)))
-
-
-def _known_classes(shards: ShardSet, test: ShardSet, label: str) -> torch.Tensor:
-    """Labels of the train split, once it is sure that the test split has no others."""
-    y = [torch.from_numpy(read_labels(part, label)) for part in (shards, test)]
-    train_part, test_part = (Features([], torch.zeros(len(labels), 1), labels) for labels in y)
-    labelled(train_part, test_part)
-    known: torch.Tensor = torch.unique(y[0])
-    return known
 
 
 def _train_data(config: AugmentedProbeConfig, backbone: Backbone, shards: ShardSet) -> TrainData:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convscope.core.errors import UserError
 from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.common import (
     EvalSettings,
@@ -15,7 +14,7 @@ from convscope.eval.common import (
     open_both,
     percent,
     print_table,
-    same_samples,
+    require_two_splits,
     save_at,
 )
 from convscope.eval.features import Features
@@ -46,8 +45,7 @@ def probe_layers(
         UserError: what reading, extracting or probing refuses; train and test are the same shards.
     """
     backbone, train, test = open_both(config)
-    if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+    require_two_splits(train, test)
     probes = {
         layer: probe(*both) for layer, both in extract_both(backbone, train, test, config, settings.device).items()
     }
@@ -92,6 +90,7 @@ def show_layers(
 
 
 def settings_of(config: object, config_class: type) -> dict[str, Any]:
-    """The settings that `config_class` declares, but for the device and the seed."""
-    names = [field.name for field in dataclasses.fields(config_class) if field.name not in ("device", "seed")]
+    """The settings that `config_class` declares, but for the seed and those that do not change the result."""
+    apart = ("device", "processes", "seed")
+    names = [field.name for field in dataclasses.fields(config_class) if field.name not in apart]
     return {name: getattr(config, name) for name in names}

@@ -15,17 +15,17 @@ from convscope.core.files import atomic_write
 from convscope.core.log import info
 from convscope.core.results import Figure
 from convscope.eval.best_layer import settings_of
+from convscope.eval.classes import labelled
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     extract_both,
     figures_by_layer,
     frozen_result,
-    labelled,
     open_both,
     percent,
     print_table,
-    same_samples,
+    require_two_splits,
     save_at,
 )
 from convscope.eval.features import Features
@@ -83,8 +83,7 @@ class DataScaling:
 def run(config: DataScalingCommand) -> None:
     """Load, evaluate, print a table, and write the result, its arrays (.npz) and its plot (.png, .svg)."""
     backbone, train, test = open_both(config)
-    if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+    require_two_splits(train, test)
     both = extract_both(backbone, train, test, config, config.device)
     found = {layer: data_scaling(*parts, config) for layer, parts in both.items()}
     result = frozen_result(

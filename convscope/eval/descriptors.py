@@ -19,7 +19,7 @@ from convscope.core.errors import UserError
 from convscope.core.log import progress
 from convscope.core.models import load_backbone
 from convscope.core.results import EvalResult, Figure
-from convscope.eval.common import EvalSettings, percent, print_table, require_at_least, save_at
+from convscope.eval.common import EvalSettings, percent, print_table, require_at_least, require_file_name, save_at
 from convscope.eval.pictures import Fit, PictureFiles, Pictures, find_pictures, picture_batches
 
 Pooling = Literal["gem", "avg", "max", "cls", "cls+gem", "pooled"]
@@ -62,6 +62,7 @@ class DescriptorCommand(EvalSettings):
         super().__post_init__()
         require_at_least(self, 1, "batch_size", "image_size")
         require_at_least(self, 0, "workers")
+        require_file_name(self.output)
         if not self.gem_power > 0:
             raise UserError(f"--gem-power must be above 0, got {self.gem_power}")
         if self.whiten_dimensions is not None:

@@ -15,19 +15,18 @@ from convscope.core.errors import UserError
 from convscope.core.log import progress
 from convscope.core.results import Figure
 from convscope.eval.best_layer import settings_of
+from convscope.eval.classes import labelled, rank_of_truth
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     extract_both,
     figures_by_layer,
     frozen_result,
-    labelled,
     open_both,
     percent,
     print_table,
-    rank_of_truth,
     require_at_least,
-    same_samples,
+    require_two_splits,
     save_at,
 )
 from convscope.eval.features import Features
@@ -86,8 +85,7 @@ class FewShot:
 def run(config: FewShotCommand) -> None:
     """Load, evaluate, print a table and write the result."""
     backbone, train, test = open_both(config)
-    if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+    require_two_splits(train, test)
     both = extract_both(backbone, train, test, config, config.device)
     found = {layer: few_shot(*parts, config) for layer, parts in both.items()}
     figures = {

@@ -12,20 +12,18 @@ from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
+from convscope.core.log import info
 from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.best_layer import settings_of
+from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth
 from convscope.eval.common import (
     FrozenFeatures,
-    accuracies,
     extract_both,
     figures_by_layer,
     frozen_result,
-    hits_of,
-    labelled,
     open_both,
     percent,
     print_table,
-    rank_of_truth,
     require_at_least,
     require_same_keys,
     same_samples,
@@ -163,6 +161,8 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: KnnCom
     """
     if same_samples(train, test):
         config = dataclasses.replace(config, skip_self=True)
+    if (most := max(*config.k, config.headline_k)) > (available := len(train) - config.skip_self):
+        info(f"note: {most} neighbours are more than the {available} train images; all of these vote, as k={available}")
     both = extract_both(backbone, train, test, config, config.device)
     votes = {layer: knn(*parts, config) for layer, parts in both.items()}
     figures = figures_by_layer({layer: vote.figures for layer, vote in votes.items()})

@@ -21,7 +21,7 @@ from convscope.eval.common import (
     frozen_result,
     open_both,
     print_table,
-    same_samples,
+    require_two_splits,
     save_at,
     shown,
 )
@@ -74,8 +74,7 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: Linear
     Raises:
         UserError: what reading, extracting or probing refuses; train and test are the same shards.
     """
-    if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+    require_two_splits(train, test)
     both = extract_both(backbone, train, test, config, config.device)
     if config.protocol == "cached":
         probes = {layer: cached_probe(*parts, config, config.targets, len(both) > 1) for layer, parts in both.items()}

@@ -14,15 +14,16 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.results import EvalResult, Figure, Samples, bootstrap
 from convscope.eval import image_text
+from convscope.eval.classes import labelled
 from convscope.eval.common import (
     FrozenFeatures,
     extract_both,
     figures_by_layer,
     frozen_result,
-    labelled,
     open_both,
     percent,
     print_table,
+    require_labels,
     require_same_keys,
     same_samples,
     save_at,
@@ -66,6 +67,7 @@ class RetrievalCommand(FrozenFeatures, RetrievalConfig):
     def __post_init__(self) -> None:
         FrozenFeatures.__post_init__(self)
         RetrievalConfig.__post_init__(self)
+        require_labels(self)
         if self.mode == "image-text" and self.index != "flat":
             raise UserError(f"--mode image-text searches exactly; --index {self.index} is for images")
 

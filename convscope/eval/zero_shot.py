@@ -17,16 +17,8 @@ from convscope.core.memory import keep_freed_memory
 from convscope.core.pairs.embed import SIMPLE, embed_classes, embed_images
 from convscope.core.pairs.pair import load_pair
 from convscope.core.results import EvalResult
-from convscope.eval.common import (
-    EvalSettings,
-    accuracies,
-    hits_of,
-    percent,
-    print_table,
-    rank_of_truth,
-    require_at_least,
-    save_at,
-)
+from convscope.eval.classes import accuracies, hits_of, rank_of_truth
+from convscope.eval.common import EvalSettings, percent, print_table, require_at_least, require_file_name, save_at
 
 TASK = "zero-shot"
 PROTOCOL = "zero-shot/1"
@@ -61,6 +53,7 @@ class ZeroShotCommand(EvalSettings):
         super().__post_init__()
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 0, "workers")
+        require_file_name(self.output)
 
 
 def run(config: ZeroShotCommand) -> None:

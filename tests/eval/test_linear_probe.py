@@ -214,7 +214,7 @@ def test_settings_are_checked(name: str, value: object) -> None:
 
 
 def test_a_head_that_is_no_number_hits_nothing() -> None:
-    from convscope.eval.common import rank_of_truth
+    from convscope.eval.classes import rank_of_truth
 
     broken = Heads(torch.full((2, 3, 1), math.nan), torch.zeros(3, 1), torch.zeros(2), torch.ones(2))
     assert rank_of_truth(broken.logits(torch.ones(4, 2))[..., 0], torch.tensor([0, 1, 2, 0])).tolist() == [3] * 4

@@ -111,6 +111,22 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         save(tmp_path)
 
 
+def test_a_result_that_could_not_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, Path("knn.npz")):
+        with pytest.raises(UserError, match=r"name a file that ends in \.json"):
+            KnnCommand(model=MODEL, data="data", output=output)
+    with pytest.raises(UserError, match="file is no folder"):
+        KnnCommand(model=MODEL, data="data", output=tmp_path / "file" / "knn.json")
+    assert KnnCommand(model=MODEL, data="data", output=tmp_path / "a" / "b" / "knn.json").output is not None
+
+
+@pytest.mark.parametrize("command", [SvmCommand, RetrievalCommand])
+def test_numbers_are_no_labels(command: type[SvmCommand | RetrievalCommand]) -> None:
+    with pytest.raises(UserError, match="--targets regression is for linear-probe alone"):
+        command(model=MODEL, data="data", targets="regression")
+
+
 def test_a_report_shows_both_protocols(
     small_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
