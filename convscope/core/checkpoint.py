@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import pickle
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -208,10 +207,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+    except RuntimeError as error:
         raise UserError(f"{path} is no readable checkpoint: {(str(error).splitlines() or ['empty'])[0]}") from error
+    except Exception as error:  # torch.load raises many kinds for a file of another kind, and says little with them
+        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     return state

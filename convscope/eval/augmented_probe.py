@@ -20,22 +20,23 @@ from convscope.core.results import EvalResult, Figure, save_result
 from convscope.core.training.config import RESUMABLE, Hook, TrainConfig, TrainData
 from convscope.core.training.loop import train
 from convscope.core.training.optimization import OptimizerConfig, count_parameters
+from convscope.eval.classes import hits_of, known_classes
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     frozen_result,
-    labelled,
     open_both,
     percent,
     print_table,
     require_at_least,
-    same_samples,
+    require_two_splits,
 )
-from convscope.eval.features import POOLED, Features
+from convscope.eval.features import POOLED
 from convscope.eval.probe_inputs import PositionInputs, block_inputs, layer_inputs, position_inputs
 from convscope.eval.probe_objective import AttentiveHead, FrozenProbe, Initial, LinearHeads
 from convscope.eval.probe_score import EpochAccuracy, best_head_figures, each_accuracy, rank_test_images
 
+TASK = "linear-probe"
 Protocol = Literal["holdout", "cached", "dinov2", "mae", "lightly"]
 
 DINOV2_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -178,9 +179,9 @@ def augmented_probe(config: AugmentedProbeConfig) -> EvalResult | None:
     assert config.output_dir is not None
     with distributed.process_group(distributed.pick_device(config.device)):
         backbone, shards, test = open_both(config)
-        if same_samples(shards, test):
-            raise UserError(f"{shards.source}: splits {shards.split} and {test.split} are the same shards")
-        objective = build_probe(backbone, _known_classes(shards, test, config.label), config)
+        require_two_splits(shards, test)
+        known = known_classes(*(read_labels(part, config.label) for part in (shards, test)))
+        objective = build_probe(backbone, known, config)
         main = distributed.is_main()
         data = _train_data(config, backbone, shards)
         with RunDirectory(config.output_dir, main=main, takes_over="CONVSCOPE_JOB" in os.environ) as run_dir:
@@ -193,7 +194,7 @@ def augmented_probe(config: AugmentedProbeConfig) -> EvalResult | None:
             if not main:
                 return None
             result = _result(config, trained, shards, test, ranks, run_dir)
-            save_result(config.output or config.output_dir / "results" / f"{result.task}.json", result)
+            save_result(config.output or config.output_dir / "results" / f"{TASK}-{_name(config)}.json", result)
     _print(result, config)
     return result
 
@@ -222,15 +223,6 @@ def build_probe(backbone: Backbone, known: torch.Tensor, config: AugmentedProbeC
     widths = inputs.widths(backbone.eval())
     heads = LinearHeads(widths, classes, len(rates), recipe.initial, recipe.normed)
     return FrozenProbe(backbone, inputs, heads, known, rates.repeat(len(widths)))
-
-
-def _known_classes(shards: ShardSet, test: ShardSet, label: str) -> torch.Tensor:
-    """Labels of the train split, once it is sure that the test split has no others."""
-    y = [torch.from_numpy(read_labels(part, label)) for part in (shards, test)]
-    train_part, test_part = (Features([], torch.zeros(len(labels), 1), labels) for labels in y)
-    labelled(train_part, test_part)
-    known: torch.Tensor = torch.unique(y[0])
-    return known
 
 
 def _train_data(config: AugmentedProbeConfig, backbone: Backbone, shards: ShardSet) -> TrainData:
@@ -267,18 +259,22 @@ def _result(
         details["top1_by_step"] = epochs
         details["top1_best_epoch"] = "the maximum over epochs and heads on the reported images"
     details |= {"head": config.head, "parameters": count_parameters(trained)}
-    name = f"{config.protocol}{'-attentive' if config.head == 'attentive' else ''}"
     return frozen_result(
         trained.backbone,
         shards,
         test,
         config,
-        task=f"linear-probe-{name}",
-        protocol=f"{name}/1",
+        task=TASK,
+        protocol=f"{_name(config)}/1",
         figures=figures,
         details=details,
         seed=config.seed,
+        samples=hits_of(ranks[:, choice.best], len(trained.known)),
     )
+
+
+def _name(config: AugmentedProbeConfig) -> str:
+    return f"{config.protocol}-attentive" if config.head == "attentive" else config.protocol
 
 
 def _print(result: EvalResult, config: AugmentedProbeConfig) -> None:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convscope.core.errors import UserError
-from convscope.core.results import EvalResult, Figure
+from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
@@ -15,8 +14,8 @@ from convscope.eval.common import (
     open_both,
     percent,
     print_table,
-    same_samples,
-    save_frozen,
+    require_two_splits,
+    save_at,
 )
 from convscope.eval.features import Features
 
@@ -28,6 +27,7 @@ class Probe:
     figures: Mapping[str, Figure]
     holdout: float  # the larger the better
     details: Mapping[str, Any]
+    samples: Samples = dataclasses.field(default_factory=dict, compare=False, repr=False)  # of the figures
 
 
 def probe_layers(
@@ -45,8 +45,7 @@ def probe_layers(
         UserError: what reading, extracting or probing refuses; train and test are the same shards.
     """
     backbone, train, test = open_both(config)
-    if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+    require_two_splits(train, test)
     probes = {
         layer: probe(*both) for layer, both in extract_both(backbone, train, test, config, settings.device).items()
     }
@@ -61,6 +60,7 @@ def probe_layers(
         figures=probes[best].figures,
         details={"layer": best, "layers": {layer: one.details for layer, one in probes.items()}, **details},
         seed=settings.seed,
+        samples=probes[best].samples,
     )
 
 
@@ -86,10 +86,11 @@ def show_layers(
     ]
     header = ["layer", "width", *names, *(f"test {name}" for name in result.figures)]
     print_table(f"{result.task} {config.model}", header, rows)
-    save_frozen(result, config)
+    save_at(result, config.output, config.model)
 
 
 def settings_of(config: object, config_class: type) -> dict[str, Any]:
-    """The settings that `config_class` declares, but for the device and the seed."""
-    names = [field.name for field in dataclasses.fields(config_class) if field.name not in ("device", "seed")]
+    """The settings that `config_class` declares, but for the seed and those that do not change the result."""
+    apart = ("device", "processes", "seed")
+    names = [field.name for field in dataclasses.fields(config_class) if field.name not in apart]
     return {name: getattr(config, name) for name in names}

@@ -1,17 +1,16 @@
 """What the evaluations of frozen features share: their settings, their data, how they report."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from convscope.core.backbone import Backbone
 from convscope.core.config import parse_assignments
@@ -21,31 +20,26 @@ from convscope.core.errors import UserError
 from convscope.core.files import cache_dir
 from convscope.core.log import info
 from convscope.core.models import load_backbone, model_record
-from convscope.core.results import EvalResult, Figure, Samples, bootstrap, save_result
+from convscope.core.results import EvalResult, Figure, Samples, save_result
 from convscope.eval.feature_store import Store
 from convscope.eval.features import Features, Pool, Precision, extract
 from convscope.eval.layers import concatenate, wanted_layers
-from convscope.eval.output import default_output
+from convscope.eval.output import save_by_name
 from convscope.eval.targets import Targets, read_targets
 
-CHUNK = 65_536  # rows checked at a time
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenFeatures:
-    """Which features of which model on which data."""
+class FeatureSettings:
+    """Which features of which model."""
 
     model: tyro.conf.Positional[str]
     """Checkpoint, run directory, or timm:NAME (docs/design.md, Models)."""
     data: str
     """Folder of shards with labels, or builtin:shapes."""
-    train_split: str = "train"
-    test_split: str = "test"
     label: str = "cls"
     """Member or json field that holds the label."""
-    targets: Targets = "classes"
-    """What the label is: a class; a list of classes, or of 1, 0, -1 (unknown) for each; a number or several."""
     layers: tuple[str, ...] = ("pooled",)
     """Stage names, last, pooled (the network's own pooling), or all; layer3+layer4 stands for both side by side."""
     pool: Pool = "avg"
@@ -66,13 +60,27 @@ class FrozenFeatures:
     """Processes that decode images."""
     cache: bool = True
     """Keep features in the cache folder ($CONVSCOPE_CACHE)."""
-    output: Path | None = None
-    """Result file; default RUN/results/TASK.json for a run, else results/ARCH-TASK.json; on other data than a result
-    that is there, TASK-DATA.json."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFeatures(FeatureSettings):
+    """Which features of which model, of which data an evaluation takes, and where its result goes."""
+
+    train_split: str = "train"
+    test_split: str = "test"
+    targets: Targets = "classes"
+    """What the label is: a class; a list of classes, or of 1, 0, -1 (unknown) for each; a number or several."""
+    output: Path | None = None
+    """Result file; default RUN/results/TASK.json for a run, else results/ARCH-TASK.json, with a longer name where a
+    result of another protocol, of other data or settings is there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_file_name(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +96,6 @@ class EvalSettings:
         require_at_least(self, 0, "seed")
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Train and test features of one layer with labels 0 ... C-1; class i is the i-th label of the train part."""
-
-    train_x: Tensor  # (N, D)
-    train_y: Tensor  # (N,)
-    test_x: Tensor
-    test_y: Tensor
-    classes: int
-
-
 def require_at_least(config: object, least: int, *names: str) -> None:
     """Raise a UserError where one of the named settings is below `least`."""
     for name in names:
@@ -106,78 +103,33 @@ def require_at_least(config: object, least: int, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
-def require_fit(train: Features, test: Features) -> None:
-    """Raise a UserError where features have no labels, are none, differ in width, or are NaN or infinite."""
-    if train.y is None or test.y is None:
-        raise UserError("these features have no labels; name the field that holds them with --label")
-    if len(train.x) == 0 or len(test.x) == 0 or train.x.shape[1] != test.x.shape[1]:
-        raise UserError(f"train features {tuple(train.x.shape)} and test features {tuple(test.x.shape)} do not fit")
-    for name, part in (("train", train), ("test", test)):
-        for start in range(0, len(part.x), CHUNK):
-            bad = ~part.x[start : start + CHUNK].isfinite().all(1)
-            if bad.any():
-                key = part.keys[start + int(bad.int().argmax())]
-                raise UserError(f"the {name} features of {key} hold NaN or infinity; is the model trained well?")
+def require_labels(config: FrozenFeatures) -> None:
+    """Raise a UserError where targets are numbers to predict."""
+    if config.targets == "regression":
+        raise UserError("--targets regression is for linear-probe alone; this evaluation needs labels")
 
 
-def labelled(train: Features, test: Features) -> Labelled:
-    """Check that both parts fit one another and number their classes.
-
-    Raises:
-        UserError: no or negative labels, a single class, test labels that the train part lacks; NaN features.
-    """
-    require_fit(train, test)
-    assert train.y is not None
-    assert test.y is not None
-    if train.y.ndim != 1 or test.y.ndim != 1:
-        raise UserError("this evaluation takes one class an image; leave --targets out")
-    if int(train.y.min()) < 0:
-        raise UserError(f"label {int(train.y.min())} is negative; labels count from 0")
-    known, train_y = torch.unique(train.y, return_inverse=True)
-    if len(known) < 2:
-        raise UserError(f"every train label is {int(known[0])}; an evaluation needs at least two classes")
-    if absent := sorted(set(test.y.tolist()) - set(known.tolist())):
-        raise UserError(
-            f"{len(absent)} test labels, such as {absent[0]}, are not among the {len(known)} train classes; "
-            "are these two splits of one data set?"
-        )
-    return Labelled(train.x, train_y, test.x, torch.searchsorted(known, test.y), len(known))
+def require_file_name(output: Path | None) -> None:
+    """Raise a UserError where a result could not be written there, before anything is computed."""
+    if output is None:
+        return
+    if output.suffix != ".json" or output.is_dir():
+        raise UserError(f"--output {output}: name a file that ends in .json")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--output {output}: {folder} is {'not writable' if folder.is_dir() else 'no folder'}")
 
 
-def rank_of_truth(scores: Tensor, y: Tensor) -> Tensor:
-    """How many classes precede the true one (N,); equal scores count by class number, NaN before anything.
-
-    Args:
-        scores: (N, C).
-        y: true classes (N,).
-    """
-    true = scores.gather(1, y[:, None])
-    later = torch.arange(scores.shape[1], device=scores.device) >= y[:, None]
-    behind = (scores < true) | ((scores == true) & later)  # the true class too
-    return (~behind).sum(1)
-
-
-def hits_of(rank: Tensor, classes: int) -> Samples:
-    """Whether the truth comes first, and among the first five where there are more than five classes, (N,) each."""
-    ends = {"top1": 1, "top5": 5} if classes > 5 else {"top1": 1}
-    return {name: (rank < end).cpu().numpy() for name, end in ends.items()}
-
-
-def accuracies(rank: Tensor, classes: int, seed: int) -> dict[str, Figure]:
-    """Top-1, and top-5 where there are more than five classes, with intervals over the test images."""
-    return {name: bootstrap(hits, seed=seed) for name, hits in hits_of(rank, classes).items()}
+def open_backbone(config: FeatureSettings) -> Backbone:
+    """The model."""
+    arguments = parse_assignments(config.model_args)
+    return load_backbone(config.model, arch=config.arch, model_args=arguments, allow_partial=config.allow_partial)
 
 
 def open_both(config: FrozenFeatures) -> tuple[Backbone, ShardSet, ShardSet]:
     """The model, the train split and the test split."""
     train, test = open_shards(config.data, config.train_split), open_shards(config.data, config.test_split)
-    backbone = load_backbone(
-        config.model,
-        arch=config.arch,
-        model_args=parse_assignments(config.model_args),
-        allow_partial=config.allow_partial,
-    )
-    return backbone, train, test
+    return open_backbone(config), train, test
 
 
 def same_samples(train: ShardSet, test: ShardSet) -> bool:
@@ -185,10 +137,37 @@ def same_samples(train: ShardSet, test: ShardSet) -> bool:
     return train.fingerprint == test.fingerprint
 
 
+def require_two_splits(train: ShardSet, test: ShardSet) -> None:
+    """Raise a UserError where both splits are the same shards."""
+    if same_samples(train, test):
+        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+
+
 def require_same_keys(train: Features, test: Features, skip_self: bool) -> None:
     """Raise a UserError where leaving oneself out would leave out another image."""
     if skip_self and train.keys != test.keys:
         raise UserError("--skip-self needs test images that are the train images, in the same order")
+
+
+def features_of(
+    backbone: Backbone, shards: ShardSet, config: FeatureSettings, device: str, label: str | None
+) -> dict[str, Features]:
+    """Features by layer as the settings say; in a process group each process computes a share of them."""
+    wanted = wanted_layers(backbone, config.layers, config.pool)
+    found = extract(
+        backbone,
+        shards,
+        layers=sorted({name for parts in wanted.values() for name in parts}),
+        pool=config.pool,
+        label=label,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        device=device,
+        precision=config.precision,
+        store=config.store,
+        cache=cache_dir() / "features" if config.cache else None,
+    )
+    return concatenate(found, wanted)
 
 
 def extract_both(
@@ -199,27 +178,10 @@ def extract_both(
     Under torchrun each process computes a share of them; then all but the main one end, and the rest of the command is
     the main one's.
     """
-    wanted = wanted_layers(backbone, config.layers, config.pool)
-
-    def features(shards: ShardSet) -> dict[str, Features]:
-        found = extract(
-            backbone,
-            shards,
-            layers=sorted({name for parts in wanted.values() for name in parts}),
-            pool=config.pool,
-            label=config.label if config.targets == "classes" else None,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            device=device,
-            precision=config.precision,
-            store=config.store,
-            cache=cache_dir() / "features" if config.cache else None,
-        )
-        return concatenate(found, wanted)
-
+    label = config.label if config.targets == "classes" else None
     with process_group(pick_device(device)):
-        of_train = features(train)
-        of_test = of_train if same_samples(train, test) else features(test)
+        of_train = features_of(backbone, train, config, device, label)
+        of_test = of_train if same_samples(train, test) else features_of(backbone, test, config, device, label)
         if not is_main():
             raise SystemExit(0)
     both = {name: (of_train[name], of_test[name]) for name in of_train}
@@ -269,10 +231,12 @@ def frozen_result(
     )
 
 
-def save_frozen(result: EvalResult, config: FrozenFeatures) -> Path:
-    """Write the result where the settings say, and name the file on the terminal."""
-    path = config.output or default_output(config.model, str(result.model["arch"]), result.task, result.data)
-    save_result(path, result)
+def save_at(result: EvalResult, output: Path | None, model: str, stem: str | None = None) -> Path:
+    """Write the result to `output`, or as `save_by_name` says where that is None, and name the file on the terminal."""
+    if output is None:
+        path = save_by_name(result, model, stem)
+    else:
+        save_result(path := output, result)
     info(f"{result.task}: wrote {path}")
     return path
 

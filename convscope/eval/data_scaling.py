@@ -15,18 +15,18 @@ from convscope.core.files import atomic_write
 from convscope.core.log import info
 from convscope.core.results import Figure
 from convscope.eval.best_layer import settings_of
+from convscope.eval.classes import labelled
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     extract_both,
     figures_by_layer,
     frozen_result,
-    labelled,
     open_both,
     percent,
     print_table,
-    same_samples,
-    save_frozen,
+    require_two_splits,
+    save_at,
 )
 from convscope.eval.features import Features
 from convscope.eval.linear_heads import LinearProbeConfig
@@ -83,8 +83,7 @@ class DataScaling:
 def run(config: DataScalingCommand) -> None:
     """Load, evaluate, print a table, and write the result, its arrays (.npz) and its plot (.png, .svg)."""
     backbone, train, test = open_both(config)
-    if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+    require_two_splits(train, test)
     both = extract_both(backbone, train, test, config, config.device)
     found = {layer: data_scaling(*parts, config) for layer, parts in both.items()}
     result = frozen_result(
@@ -95,13 +94,17 @@ def run(config: DataScalingCommand) -> None:
         task=TASK,
         protocol=f"{PROTOCOL} {config.probe}",
         figures=figures_by_layer({layer: one.figures for layer, one in found.items()}),
-        details={"settings": settings_of(config, DataScalingConfig), "fit": "least squares, Student's 95 % interval"},
+        details={
+            "layers": list(found),
+            "settings": settings_of(config, DataScalingConfig),
+            "fit": "least squares, Student's 95 % interval",
+        },
         seed=config.seed,
     )
     rows = [[layer, *map(percent, one.by_count.values()), percent(one.slope)] for layer, one in found.items()]
     counts = next(iter(found.values())).by_count
     print_table(f"{TASK} {config.model}", ["layer", *(f"n={count}" for count in counts), "a decade"], rows)
-    _draw(save_frozen(result, config), found)
+    _draw(save_at(result, config.output, config.model), found)
 
 
 def data_scaling(train: Features, test: Features, config: DataScalingConfig) -> DataScaling:

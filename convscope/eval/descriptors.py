@@ -16,11 +16,10 @@ from convscope.core.config import parse_assignments
 from convscope.core.data.transforms import Normalize
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
-from convscope.core.log import info, progress
+from convscope.core.log import progress
 from convscope.core.models import load_backbone
-from convscope.core.results import EvalResult, Figure, save_result
-from convscope.eval.common import EvalSettings, percent, print_table, require_at_least
-from convscope.eval.output import default_output
+from convscope.core.results import EvalResult, Figure
+from convscope.eval.common import EvalSettings, percent, print_table, require_at_least, require_file_name, save_at
 from convscope.eval.pictures import Fit, PictureFiles, Pictures, find_pictures, picture_batches
 
 Pooling = Literal["gem", "avg", "max", "cls", "cls+gem", "pooled"]
@@ -63,6 +62,7 @@ class DescriptorCommand(EvalSettings):
         super().__post_init__()
         require_at_least(self, 1, "batch_size", "image_size")
         require_at_least(self, 0, "workers")
+        require_file_name(self.output)
         if not self.gem_power > 0:
             raise UserError(f"--gem-power must be above 0, got {self.gem_power}")
         if self.whiten_dimensions is not None:
@@ -213,9 +213,7 @@ def report(result: EvalResult, config: DescriptorCommand, figures: Mapping[str, 
     """Print a table and write the result where the settings say."""
     rows = [[name, percent(figure)] for name, figure in figures.items()]
     print_table(f"{result.task} {config.model}", ["figure", "value"], rows)
-    path = config.output or default_output(config.model, str(result.model["arch"]), result.task, result.data)
-    save_result(path, result)
-    info(f"{result.task}: wrote {path}")
+    save_at(result, config.output, config.model)
 
 
 def _descriptor(backbone: Backbone, images: Tensor, config: DescriptorCommand) -> Tensor:

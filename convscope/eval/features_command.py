@@ -7,63 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 
-from convscope.core.config import parse_assignments
 from convscope.core.data.shard_set import ShardSet, open_shards
 from convscope.core.data.subset import read_labels
 from convscope.core.distributed import is_main, pick_device, process_group
 from convscope.core.errors import UserError
-from convscope.core.files import atomic_write, cache_dir, write_bytes, write_json
+from convscope.core.files import atomic_write, write_bytes, write_json
 from convscope.core.log import info
-from convscope.core.models import load_backbone, model_record
+from convscope.core.models import model_record
 from convscope.core.results import versions
-from convscope.eval.common import require_at_least
-from convscope.eval.feature_store import Store
-from convscope.eval.features import Features, Pool, Precision, extract
+from convscope.eval.common import FeatureSettings, features_of, open_backbone
+from convscope.eval.features import Features
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesCommand:
+class FeaturesCommand(FeatureSettings):
     """Write OUTPUT/SPLIT/LAYER.npy (N, D), keys.json and, where there are labels, labels.npy (N,)."""
 
-    model: tyro.conf.Positional[str]
-    """Checkpoint, run directory, or timm:NAME (docs/design.md, Models)."""
-    data: str
-    """Folder of shards, or builtin:shapes."""
     output: Path
     """Folder for the arrays."""
     splits: tuple[str, ...] = ("train", "test")
     """Which to extract."""
-    label: str = "cls"
-    """Member or json field that holds the label."""
-    layers: tuple[str, ...] = ("pooled",)
-    """Stage names, last, pooled (the network's own pooling), or all."""
-    pool: Pool = "avg"
-    """How the map of a stage becomes a vector; cls is the class token of a transformer."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    model_args: tuple[str, ...] = ()
-    """Its arguments, such as depths=2,2,6,2."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
-    precision: Precision = "fp32"
-    """Arithmetic of the backbone."""
-    store: Store = "fp32"
-    """Type of the arrays."""
-    batch_size: int = 256
-    """Images at a time."""
-    workers: int = 2
-    """Processes that decode images."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    cache: bool = True
-    """Use the features that evaluations left in the cache folder, and leave these there."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "batch_size")
-        require_at_least(self, 0, "workers")
+        super().__post_init__()
         if not self.splits:
             raise UserError("name at least one split, such as --splits train")
 
@@ -75,24 +45,11 @@ def run(config: FeaturesCommand) -> None:
         UserError: what loading, reading or extracting refuses.
     """
     parts = [open_shards(config.data, split) for split in config.splits]
-    arguments = parse_assignments(config.model_args)
-    backbone = load_backbone(config.model, arch=config.arch, model_args=arguments, allow_partial=config.allow_partial)
+    backbone = open_backbone(config)
     about = {"model": model_record(backbone), "preprocessing": asdict(backbone.preprocessing), "versions": versions()}
     with process_group(pick_device(config.device)):
         for shards in parts:
-            found = extract(
-                backbone,
-                shards,
-                layers=config.layers,
-                pool=config.pool,
-                label=None,
-                batch_size=config.batch_size,
-                workers=config.workers,
-                device=config.device,
-                precision=config.precision,
-                store=config.store,
-                cache=cache_dir() / "features" if config.cache else None,
-            )
+            found = features_of(backbone, shards, config, config.device, None)
             if is_main():
                 _write(config.output / shards.split, found, _labels(shards, config.label))
     if is_main():

@@ -15,20 +15,19 @@ from convscope.core.errors import UserError
 from convscope.core.log import progress
 from convscope.core.results import Figure
 from convscope.eval.best_layer import settings_of
+from convscope.eval.classes import labelled, rank_of_truth
 from convscope.eval.common import (
     EvalSettings,
     FrozenFeatures,
     extract_both,
     figures_by_layer,
     frozen_result,
-    labelled,
     open_both,
     percent,
     print_table,
-    rank_of_truth,
     require_at_least,
-    same_samples,
-    save_frozen,
+    require_two_splits,
+    save_at,
 )
 from convscope.eval.features import Features
 from convscope.eval.knn import vote_ranks
@@ -75,15 +74,23 @@ class FewShotCommand(FrozenFeatures, FewShotConfig):
         FewShotConfig.__post_init__(self)
 
 
+@dataclass(frozen=True)
+class FewShot:
+    """What came of all tries with one number of images a class."""
+
+    accuracies: list[float]  # of each try
+    hits: Tensor  # (N,) float64: share of the tries in which a test image was a hit
+
+
 def run(config: FewShotCommand) -> None:
     """Load, evaluate, print a table and write the result."""
     backbone, train, test = open_both(config)
-    if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+    require_two_splits(train, test)
     both = extract_both(backbone, train, test, config, config.device)
     found = {layer: few_shot(*parts, config) for layer, parts in both.items()}
     figures = {
-        layer: {f"top1 n={shots}": mean_over(row) for shots, row in rows.items()} for layer, rows in found.items()
+        layer: {f"top1 n={shots}": mean_over(row.accuracies) for shots, row in rows.items()}
+        for layer, rows in found.items()
     }
     result = frozen_result(
         backbone,
@@ -94,19 +101,23 @@ def run(config: FewShotCommand) -> None:
         protocol=f"{PROTOCOL} {config.classifier}",
         figures=figures_by_layer(figures),
         details={
+            "layers": list(found),
             "settings": settings_of(config, FewShotConfig),
-            "accuracies": {layer: {str(n): row for n, row in rows.items()} for layer, rows in found.items()},
+            "accuracies": {layer: {str(n): row.accuracies for n, row in rows.items()} for layer, rows in found.items()},
         },
         seed=config.seed,
+        samples=figures_by_layer(
+            {layer: {f"top1 n={n}": row.hits.numpy() for n, row in rows.items()} for layer, rows in found.items()}
+        ),
     )
     rows = [[layer, *map(percent, row.values())] for layer, row in figures.items()]
     header = ["layer", *(f"{shots} a class" for shots in next(iter(found.values())))]
     print_table(f"{TASK} {config.model}, {config.classifier}, {config.tries} tries", header, rows)
-    save_frozen(result, config)
+    save_at(result, config.output, config.model)
 
 
-def few_shot(train: Features, test: Features, config: FewShotConfig) -> dict[int, list[float]]:
-    """Test accuracy of every try, by the number of images a class.
+def few_shot(train: Features, test: Features, config: FewShotConfig) -> dict[int, FewShot]:
+    """Test accuracies by the number of images a class.
 
     Raises:
         UserError: labels are missing or do not fit, features that are not finite, a class with too few images.
@@ -121,7 +132,7 @@ def few_shot(train: Features, test: Features, config: FewShotConfig) -> dict[int
         )
     device = pick_device(config.device)
     test_x, test_y = F.normalize(part.test_x.float(), dim=1).to(device), part.test_y.to(device)
-    found: dict[int, list[float]] = {n: [] for n in shots}
+    hits = {n: torch.empty(config.tries, len(test_y), dtype=torch.bool) for n in shots}
     with progress("few-shot, tries", config.tries) as ticker:
         for number in range(config.tries):
             order = draw(part.train_y, shots[-1], config.seed * 100_003 + number)  # (C, largest n)
@@ -129,9 +140,9 @@ def few_shot(train: Features, test: Features, config: FewShotConfig) -> dict[int
                 chosen = order[:, :n].flatten()
                 x = F.normalize(part.train_x[chosen].float(), dim=1).to(device)
                 ranks = _ranks(x, part.train_y[chosen].to(device), test_x, test_y, part.classes, config)
-                found[n].append(float((ranks == 0).double().mean()))
+                hits[n][number] = (ranks == 0).cpu()
             ticker.advance(1)
-    return found
+    return {n: FewShot(own.double().mean(1).tolist(), own.double().mean(0)) for n, own in hits.items()}
 
 
 def draw(y: Tensor, largest: int, seed: int) -> Tensor:

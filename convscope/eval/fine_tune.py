@@ -30,8 +30,9 @@ from convscope.core.training.config import RESUMABLE, TrainConfig, TrainData
 from convscope.core.training.loop import train
 from convscope.core.training.objective import Objective
 from convscope.core.training.optimization import OptimizerConfig
+from convscope.eval.classes import known_classes
 from convscope.eval.classification import Classification, ClassificationConfig
-from convscope.eval.common import same_samples
+from convscope.eval.common import require_two_splits
 
 PROTOCOL = "fine-tune/1"
 
@@ -90,6 +91,17 @@ class FineTuneCommand:
     optimization: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=default_optimization)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
 
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise UserError(f"--size must be at least 1, got {self.size}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            low, high = self.crop_scale
+            raise UserError(f"--crop-scale needs two shares between 0 and 1, the smaller first, got {low:g} {high:g}")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UserError(f"--crop-pct must be above 0 and at most 1, got {self.crop_pct:g}")
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise UserError(f"--drop-path must be at least 0 and below 1, got {self.drop_path:g}")
+
 
 @cache
 def presets() -> dict[str, dict[str, Any]]:
@@ -128,11 +140,9 @@ def fine_tune(config: FineTuneCommand) -> EvalResult | None:
         record = model_record(backbone)  # before training changes the weights
         shards = open_shards(config.data, config.train_split)
         test = open_shards(config.data, config.test_split)
-        if same_samples(shards, test):
-            raise UserError(f"{config.data}: splits {config.train_split} and {config.test_split} are the same shards")
+        require_two_splits(shards, test)
         labels = read_labels(shards, config.label)
-        if labels.min() < 0:
-            raise UserError(f"label {labels.min()} of {config.data} is negative; labels count from 0")
+        known_classes(labels, read_labels(test, config.label))
         indices = None if config.per_class is None else per_class_subset(labels, config.per_class, config.train.seed)
         torch.manual_seed(config.train.seed)
         objective = Classification(backbone, int(labels.max()) + 1, config.classification)

@@ -12,23 +12,22 @@ from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
+from convscope.core.log import info
 from convscope.core.results import EvalResult, Figure, Samples
+from convscope.eval.best_layer import settings_of
+from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth
 from convscope.eval.common import (
     FrozenFeatures,
-    accuracies,
     extract_both,
     figures_by_layer,
     frozen_result,
-    hits_of,
-    labelled,
     open_both,
     percent,
     print_table,
-    rank_of_truth,
     require_at_least,
     require_same_keys,
     same_samples,
-    save_frozen,
+    save_at,
 )
 from convscope.eval.features import Features
 from convscope.eval.neighbours import NeighbourSettings, neighbours
@@ -147,7 +146,7 @@ def run(config: KnnCommand) -> None:
     ]
     header = ["layer", "vote", "k", "test top1", "test top5"][: len(rows[0])]
     print_table(f"{TASK} {config.model}", header, rows)
-    save_frozen(result, config)
+    save_at(result, config.output, config.model)
 
 
 def _shown(row: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -162,10 +161,15 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: KnnCom
     """
     if same_samples(train, test):
         config = dataclasses.replace(config, skip_self=True)
+    if (most := max(*config.k, config.headline_k)) > (available := len(train) - config.skip_self):
+        info(f"note: {most} neighbours are more than the {available} train images; all of these vote, as k={available}")
     both = extract_both(backbone, train, test, config, config.device)
     votes = {layer: knn(*parts, config) for layer, parts in both.items()}
     figures = figures_by_layer({layer: vote.figures for layer, vote in votes.items()})
-    details = {"layers": {layer: vote.details for layer, vote in votes.items()}}
+    details = {
+        "layers": {layer: vote.details for layer, vote in votes.items()},
+        "settings": settings_of(config, KnnConfig),
+    }
     return frozen_result(
         backbone,
         train,

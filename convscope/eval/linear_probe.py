@@ -14,15 +14,15 @@ from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
 from convscope.core.errors import UserError
 from convscope.core.results import EvalResult, Figure, Samples
-from convscope.eval.augmented_probe import AugmentedProbeConfig, augmented_probe
+from convscope.eval.augmented_probe import TASK, AugmentedProbeConfig, augmented_probe
 from convscope.eval.common import (
     FrozenFeatures,
     extract_both,
     frozen_result,
     open_both,
     print_table,
-    same_samples,
-    save_frozen,
+    require_two_splits,
+    save_at,
     shown,
 )
 from convscope.eval.features import Features
@@ -30,7 +30,6 @@ from convscope.eval.linear_heads import LinearProbeConfig, Score, holdout_split
 from convscope.eval.linear_problem import PROBLEMS, Problem
 from convscope.eval.targets import Targets
 
-TASK = "linear-probe"
 DIVERGED = "every head of the linear probe diverged; pass smaller --lrs"
 
 
@@ -65,7 +64,8 @@ def run(config: LinearProbeCommand) -> None:
     first = next(iter(result.details["layers"].values()))
     header = ["layer", "width", *_settings(first), f"held-out {first['measure']}"]
     print_table(f"{TASK} {config.model}", [*header, *(f"test {name}" for name in result.figures)], rows)
-    save_frozen(result, config)
+    stem = TASK if config.protocol == "holdout" else f"{TASK}-{config.protocol}"
+    save_at(result, config.output, config.model, stem)
 
 
 def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: LinearProbeCommand) -> EvalResult:
@@ -74,8 +74,7 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: Linear
     Raises:
         UserError: what reading, extracting or probing refuses; train and test are the same shards.
     """
-    if same_samples(train, test):
-        raise UserError(f"{train.source}: splits {train.split} and {test.split} are the same shards")
+    require_two_splits(train, test)
     both = extract_both(backbone, train, test, config, config.device)
     if config.protocol == "cached":
         probes = {layer: cached_probe(*parts, config, config.targets, len(both) > 1) for layer, parts in both.items()}
@@ -94,7 +93,7 @@ def evaluate(backbone: Backbone, train: ShardSet, test: ShardSet, config: Linear
         train,
         test,
         config,
-        task=TASK if config.protocol == "holdout" else f"{TASK}-{config.protocol}",
+        task=TASK,
         protocol=f"{config.protocol}/1",
         figures=probes[best].figures,
         details=details,

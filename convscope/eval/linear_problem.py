@@ -12,7 +12,7 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.results import Figure, Samples
 from convscope.eval.average_precision import average_precision, mean_average_precision
-from convscope.eval.common import accuracies, hits_of, labelled, rank_of_truth, require_fit
+from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth, require_fit
 from convscope.eval.features import Features
 from convscope.eval.linear_heads import (
     CHUNK,

@@ -10,14 +10,8 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import progress
 from convscope.eval.best_layer import Probe, probe_layers, settings_of, show_layers
-from convscope.eval.common import (
-    EvalSettings,
-    FrozenFeatures,
-    accuracies,
-    labelled,
-    rank_of_truth,
-    require_at_least,
-)
+from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth
+from convscope.eval.common import EvalSettings, FrozenFeatures, require_at_least
 from convscope.eval.features import Features
 from convscope.eval.softmax_regression import Solution, softmax_regression
 
@@ -110,7 +104,7 @@ def logistic_regression(train: Features, test: Features, config: LogRegConfig) -
         "dimensions": x.shape[1],
         "classes": part.classes,
     }
-    return Probe(figures, hits[best], details)
+    return Probe(figures, hits[best], details, hits_of(ranks, part.classes))
 
 
 def holdout_split(count: int, seed: int) -> tuple[Tensor, Tensor]:

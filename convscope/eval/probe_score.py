@@ -16,7 +16,7 @@ from convscope.core.data.transforms import Normalize, eval_transform
 from convscope.core.files import whole_lines
 from convscope.core.results import Figure, bootstrap
 from convscope.core.training.config import Hook, LoopState
-from convscope.eval.common import accuracies, rank_of_truth
+from convscope.eval.classes import accuracies, rank_of_truth
 from convscope.eval.probe_objective import FrozenProbe
 
 EPOCH_KEY = "eval/top1"

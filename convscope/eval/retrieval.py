@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,20 +12,21 @@ from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
-from convscope.core.results import EvalResult, Figure, bootstrap
+from convscope.core.results import EvalResult, Figure, Samples, bootstrap
 from convscope.eval import image_text
+from convscope.eval.classes import labelled
 from convscope.eval.common import (
     FrozenFeatures,
     extract_both,
     figures_by_layer,
     frozen_result,
-    labelled,
     open_both,
     percent,
     print_table,
+    require_labels,
     require_same_keys,
     same_samples,
-    save_frozen,
+    save_at,
 )
 from convscope.eval.features import Features
 from convscope.eval.neighbours import NeighbourSettings
@@ -65,6 +67,7 @@ class RetrievalCommand(FrozenFeatures, RetrievalConfig):
     def __post_init__(self) -> None:
         FrozenFeatures.__post_init__(self)
         RetrievalConfig.__post_init__(self)
+        require_labels(self)
         if self.mode == "image-text" and self.index != "flat":
             raise UserError(f"--mode image-text searches exactly; --index {self.index} is for images")
 
@@ -75,7 +78,7 @@ def run(config: RetrievalCommand) -> None:
     result = evaluate(*open_both(config), config) if between_images else image_text.evaluate(config)
     rows = [[name, _shown(name, figure)] for name, figure in result.figures.items()]
     print_table(f"{result.task} {config.model}", ["figure", "value"], rows)
-    save_frozen(result, config)
+    save_at(result, config.output, config.model)
 
 
 def _shown(name: str, figure: Figure) -> str:
@@ -91,7 +94,7 @@ def evaluate(backbone: Backbone, gallery: ShardSet, queries: ShardSet, config: R
     if same_samples(gallery, queries):
         config = replace(config, skip_self=True)
     both = extract_both(backbone, gallery, queries, config, config.device)
-    ranked = {layer: retrieval(*parts, config) for layer, parts in both.items()}
+    answers = {layer: per_query(*parts, config) for layer, parts in both.items()}
     return frozen_result(
         backbone,
         gallery,
@@ -99,14 +102,15 @@ def evaluate(backbone: Backbone, gallery: ShardSet, queries: ShardSet, config: R
         config,
         task=TASK,
         protocol=f"{PROTOCOL if config.index == 'flat' else f'{PROTOCOL}-{config.index}'}/{VERSION}",
-        figures=figures_by_layer(ranked),
+        figures=figures_by_layer({layer: means(found, config.seed) for layer, found in answers.items()}),
         details={
             "recall_at": config.recall_at,
             "skip_self": config.skip_self,
-            "layers": list(ranked),
+            "layers": list(answers),
             **_index_details(config),
         },
         seed=config.seed,
+        samples=figures_by_layer(answers),
     )
 
 
@@ -119,12 +123,22 @@ def _index_details(config: RetrievalConfig) -> dict[str, Any]:
 
 
 def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> Mapping[str, Figure]:
-    """Recall at each k and mean average precision over the whole ranking; both with intervals over the queries.
+    """The means of what `per_query` finds, with intervals over the queries."""
+    return means(per_query(gallery, queries, config), config.seed)
+
+
+def means(answers: Samples, seed: int) -> dict[str, Figure]:
+    """The mean of each over the queries that have an answer, those that are not NaN."""
+    return {name: bootstrap(values[~np.isnan(values)], seed=seed) for name, values in answers.items()}
+
+
+def per_query(gallery: Features, queries: Features, config: RetrievalConfig) -> Samples:
+    """Recall at each k and average precision over the whole ranking, of each query (Q,).
 
     With an approximate index the ranking ends after its candidates. `map@1000` counts what is relevant but not among
     them as never found, and `index recall@k` says how much of the exact search the index finds.
 
-    Queries without a relevant image are left out. With several labels an image, one in common is enough.
+    Queries without a relevant image are NaN. With several labels an image, one in common is enough.
 
     Raises:
         UserError: labels are missing or do not fit, the gallery is empty, features are not finite.
@@ -136,7 +150,7 @@ def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> 
         return share_label(query_y[asked], gallery_y)
 
     device, skip_self = pick_device(config.device), config.skip_self
-    figures: dict[str, Figure] = {}
+    found_by_index: Samples = {}
     precision = "map"
     if config.index == "flat":
         ranking = exact_ranking(gallery.x, queries.x, relevance, device=device, skip_self=skip_self)
@@ -146,16 +160,18 @@ def retrieval(gallery: Features, queries: Features, config: RetrievalConfig) -> 
         index = build_index(gallery.x, config, device=device, seed=config.seed)
         depth = min(max(config.candidates, *config.recall_at), len(gallery.x) - skip_self)
         precision = f"map@{depth}"
-        found = index.search(queries.x, depth + skip_self)
-        ranking = candidate_ranking(found, len(gallery.x), relevance, skip_self=skip_self)
+        candidates = index.search(queries.x, depth + skip_self)
+        ranking = candidate_ranking(candidates, len(gallery.x), relevance, skip_self=skip_self)
         shares = recall_against_exact(index, gallery.x, queries.x, config.recall_at, device)
-        figures = {f"index recall@{k}": bootstrap(share.numpy(), seed=config.seed) for k, share in shares.items()}
+        found_by_index = {f"index recall@{k}": share.double().numpy() for k, share in shares.items()}
     asked = ranking.relevant > 0  # with skip_self a label may occur once only: such a query has no answer
     if not bool(asked.any()):
         raise UserError("no query has another image of its label in the gallery")
-    recalls = {f"recall@{k}": ranking.hits(k)[asked].numpy() for k in config.recall_at}
-    answers = {**recalls, precision: ranking.average_precision[asked].numpy()}
-    return {name: bootstrap(values, seed=config.seed) for name, values in answers.items()} | figures
+    answers = {f"recall@{k}": ranking.hits(k) for k in config.recall_at} | {precision: ranking.average_precision}
+    return {
+        **{name: values.double().where(asked, torch.nan).numpy() for name, values in answers.items()},
+        **found_by_index,
+    }
 
 
 def share_label(query_y: Tensor, gallery_y: Tensor) -> Tensor:

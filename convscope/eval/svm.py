@@ -6,7 +6,6 @@ whitened between two normalisations.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,25 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
-from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from convscope.core.errors import UserError
 from convscope.core.log import progress
-from convscope.core.results import BOOTSTRAP_RESAMPLES, Figure
+from convscope.core.results import BOOTSTRAP_RESAMPLES, Figure, Samples
 from convscope.eval.best_layer import Probe, probe_layers, settings_of, show_layers
-from convscope.eval.common import (
-    EvalSettings,
-    FrozenFeatures,
-    accuracies,
-    labelled,
-    rank_of_truth,
-    require_at_least,
-    require_fit,
-)
+from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth, require_fit
+from convscope.eval.common import EvalSettings, FrozenFeatures, require_at_least, require_labels
 from convscope.eval.features import Features
+from convscope.eval.svm_fit import FitSettings, fit_classes
 
 TASK = "svm"
 PROTOCOL = "linear-svm/1"
@@ -58,9 +48,15 @@ class SvmConfig(EvalSettings):
     whiten: int = 0
     """Principal components that normalised features are whitened to and normalised again; 0 leaves them as they are."""
 
+    processes: int | None = None
+    """That fit classes; default: one a core, or none beside this one where there is little to fit. The result does not
+    depend on it."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 2, "folds")
+        if self.processes is not None:
+            require_at_least(self, 1, "processes")
         require_at_least(self, 1, "max_iter")
         require_at_least(self, 0, "whiten")
         if not self.costs or not min(self.costs) > 0:
@@ -76,14 +72,7 @@ class SvmCommand(FrozenFeatures, SvmConfig):
     def __post_init__(self) -> None:
         FrozenFeatures.__post_init__(self)
         SvmConfig.__post_init__(self)
-
-
-@dataclass(frozen=True)
-class _Classifier:
-    cost: float
-    average_precision: float  # in cross-validation
-    scores: NDArray[np.float64]  # of the test images
-    unfinished: int  # fits that max_iter ended
+        require_labels(self)
 
 
 def preset(_: type, name: str, arguments: list[str]) -> Mapping[str, Any]:
@@ -124,18 +113,24 @@ def svm(train: Features, test: Features, config: SvmConfig) -> Probe:
     train_targets, test_targets, y = _targets(train, test)
     first, views = _views(test.keys)
     train_x, test_x = prepare(train.x, test.x, config.whiten)
+    images, present = _views(train.keys)[1], train_targets == 1
+    _require_folds(images, present, config.folds)
+    settings = FitSettings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(FitSettings)})
+    fits = fit_classes(train_x, present.numpy(), images.numpy(), test_x, settings, config.processes)
     found = []
-    with progress("SVM, classes", train_targets.shape[1]) as ticker:
-        for number in range(train_targets.shape[1]):
-            truth = np.where(train_targets[:, number].numpy() == 1, 1, -1)
-            found.append(_fit_class(train_x, truth, _views(train.keys)[1], test_x, number, config))
+    with progress("SVM, classes", present.shape[1]) as ticker:
+        for one in fits:
+            found.append(one)
             ticker.advance(1)
     scores = torch.zeros(len(first), len(found), dtype=torch.float64)
     scores.index_add_(0, views, torch.from_numpy(np.stack([one.scores for one in found], 1)))
     scores /= torch.bincount(views)[:, None]
     figures = {"map": mean_average_precision(scores, test_targets[first], config.seed)}
+    samples: Samples = {}
     if y is not None:
-        figures |= accuracies(rank_of_truth(scores, y[first]), len(found), config.seed)
+        ranks = rank_of_truth(scores, y[first])
+        figures |= accuracies(ranks, len(found), config.seed)
+        samples = hits_of(ranks, len(found))
     cross_validated = float(np.mean([one.average_precision for one in found]))
     details = {
         "test": {name: dataclasses.asdict(figure) for name, figure in figures.items()},
@@ -145,7 +140,7 @@ def svm(train: Features, test: Features, config: SvmConfig) -> Probe:
         "dimensions": train_x.shape[1],
         "classes": len(found),
     }
-    return Probe(figures, cross_validated, details)
+    return Probe(figures, cross_validated, details, samples)
 
 
 def prepare(train_x: Tensor, test_x: Tensor, whiten: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -174,7 +169,7 @@ def mean_average_precision(scores: Tensor, targets: Tensor, seed: int) -> Figure
 
     Args:
         scores: (N, C).
-        targets: 1 present, 0 absent, -1 ignored, (N, C).
+        targets: 1 present, 0 absent, -1 ignored, (N, C); a class that no image has is left out of the mean.
         seed: of the bootstrap; a class that a resample lacks is left out of that resample's mean.
     """
     rng = np.random.default_rng(seed)
@@ -186,6 +181,8 @@ def mean_average_precision(scores: Tensor, targets: Tensor, seed: int) -> Figure
         kept = torch.nonzero(targets[:, number] >= 0)[:, 0]
         order = kept[torch.argsort(scores[kept, number], descending=True, stable=True)].numpy()
         truth = targets[order, number].numpy() == 1
+        if not truth.any():
+            continue
         values.append(average_precision(truth, once[order]))
         for row, draw in enumerate(draws):
             if draw[order][truth].any():
@@ -223,6 +220,16 @@ def _targets(train: Features, test: Features) -> tuple[Tensor, Tensor, Tensor | 
     return train.y, test.y, None
 
 
+def _require_folds(images: Tensor, present: Tensor, folds: int) -> None:
+    """Raise a UserError where a class has fewer images than folds, or all others together have."""
+    for number in range(present.shape[1]):
+        fewest = min(len(torch.unique(images[present[:, number] == side])) for side in (True, False))
+        if fewest < folds:
+            raise UserError(
+                f"class {number} has {fewest} images on one side, fewer than the {folds} folds; pass smaller --folds"
+            )
+
+
 def _views(keys: Sequence[str]) -> tuple[Tensor, Tensor]:
     """The first row of every image, and the image of every row."""
     images: dict[str, int] = {}
@@ -233,36 +240,3 @@ def _views(keys: Sequence[str]) -> tuple[Tensor, Tensor]:
 def _normalise(x: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / (length + EPSILON)
-
-
-def _fit_class(
-    x: NDArray[np.float64],
-    truth: NDArray[Any],
-    images: Tensor,
-    test_x: NDArray[np.float64],
-    number: int,
-    config: SvmConfig,
-) -> _Classifier:
-    fewest = min(len(torch.unique(images[torch.from_numpy(truth == side)])) for side in (1, -1))
-    if fewest < config.folds:
-        raise UserError(
-            f"class {number} has {fewest} images on one side, fewer than the {config.folds} folds; pass smaller --folds"
-        )
-    folds: Any = config.folds
-    if int(images.max()) + 1 < len(images):
-        folds = StratifiedGroupKFold(config.folds)
-    weights = {1: config.positive_weight, -1: 1}
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", ConvergenceWarning)
-        models = [
-            LinearSVC(C=cost, class_weight=weights, dual=True, max_iter=config.max_iter, random_state=config.seed)
-            for cost in config.costs
-        ]
-        precisions = [
-            cross_val_score(model, x, truth, cv=folds, groups=images.numpy(), scoring="average_precision").mean()
-            for model in models
-        ]
-        best = int(np.argmax(precisions))
-        scores = models[best].fit(x, truth).decision_function(test_x)
-    unfinished = sum(issubclass(one.category, ConvergenceWarning) for one in said)
-    return _Classifier(config.costs[best], float(precisions[best]), scores, unfinished)

@@ -13,21 +13,12 @@ from convscope.core.data.subset import read_labels
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.files import read_bytes
-from convscope.core.log import info
 from convscope.core.memory import keep_freed_memory
 from convscope.core.pairs.embed import SIMPLE, embed_classes, embed_images
 from convscope.core.pairs.pair import load_pair
-from convscope.core.results import EvalResult, save_result
-from convscope.eval.common import (
-    EvalSettings,
-    accuracies,
-    hits_of,
-    percent,
-    print_table,
-    rank_of_truth,
-    require_at_least,
-)
-from convscope.eval.output import default_output
+from convscope.core.results import EvalResult
+from convscope.eval.classes import accuracies, hits_of, rank_of_truth
+from convscope.eval.common import EvalSettings, percent, print_table, require_at_least, require_file_name, save_at
 
 TASK = "zero-shot"
 PROTOCOL = "zero-shot/1"
@@ -62,6 +53,7 @@ class ZeroShotCommand(EvalSettings):
         super().__post_init__()
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 0, "workers")
+        require_file_name(self.output)
 
 
 def run(config: ZeroShotCommand) -> None:
@@ -69,9 +61,7 @@ def run(config: ZeroShotCommand) -> None:
     result = zero_shot(config)
     rows = [[name, percent(figure)] for name, figure in result.figures.items()]
     print_table(f"{TASK} {config.model}", ["figure", "value"], rows)
-    path = config.output or default_output(config.model, str(result.model["arch"]), TASK, result.data)
-    save_result(path, result)
-    info(f"{TASK}: wrote {path}")
+    save_at(result, config.output, config.model)
 
 
 def zero_shot(config: ZeroShotCommand) -> EvalResult:

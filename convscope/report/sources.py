@@ -63,7 +63,8 @@ def _results_folder(path: Path) -> Path:
 
 def _result_files(path: Path) -> list[Path]:
     ours = {path / "environment.json", path / "image_text.json"}
-    return [file for file in sorted(_results_folder(path).glob("*.json")) if file not in ours]
+    found = sorted(_results_folder(path).glob("*.json"), key=lambda file: file.stem)  # knn before knn-birds
+    return [file for file in found if file not in ours]
 
 
 def _loss(path: Path) -> Curve | None:

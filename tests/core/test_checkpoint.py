@@ -70,3 +70,6 @@ def test_damaged_checkpoints_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step-00000001") as error:
         load_checkpoint(file)
     assert "\n" not in str(error.value)
+    file.write_text("hello, a text\n")
+    with pytest.raises(UserError, match="is no PyTorch checkpoint, or a damaged one"):
+        load_checkpoint(file)

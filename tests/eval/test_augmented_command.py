@@ -44,7 +44,7 @@ def test_the_best_head_and_the_choice_on_the_other_half() -> None:
 def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(command(small_shards, tmp_path / "run", label="parity"))
     result = load_result(tmp_path / "run" / "results" / "linear-probe-dinov2.json")
-    assert (result.task, result.protocol) == ("linear-probe-dinov2", "dinov2/1")
+    assert (result.task, result.protocol) == ("linear-probe", "dinov2/1")
     assert set(result.figures) == {"top1", "top1_chosen_on_other_half"}
     heads = result.details["heads"]
     assert len(heads) == 52

@@ -56,8 +56,13 @@ def test_equals_the_slow_classifier(classifier: Any) -> None:
     for number in range(3):
         order = draw(train.y, 5, number)
         for n in (2, 5):
-            assert found[n][number] == pytest.approx(slow(train, test, order[:, :n].flatten().tolist(), classifier))
-    assert 0.3 < sum(found[5]) / 3 < 1
+            assert found[n].accuracies[number] == pytest.approx(
+                slow(train, test, order[:, :n].flatten().tolist(), classifier)
+            )
+    assert 0.3 < np.mean(found[5].accuracies) < 1
+    assert found[5].hits.shape == (48,)
+    assert set((3 * found[5].hits).round(decimals=9).tolist()) <= {0, 1, 2, 3}
+    assert float(found[5].hits.mean()) == pytest.approx(np.mean(found[5].accuracies))
 
 
 def test_draws_are_nested_seeded_and_of_their_class() -> None:

@@ -18,6 +18,7 @@ from convscope.core.results import load_result, load_samples
 from convscope.core.training.config import TrainConfig
 from convscope.eval.classification import Classification
 from convscope.eval.fine_tune import FineTuneCommand, default_optimization, fine_tune, predict, run
+from tests.core.data.tars import write_tar
 
 ARGUMENTS = {"model": "timm:resnet18_cifar@random", "model_args": ("channels=8,8,16,16",), "size": 32}
 
@@ -124,6 +125,32 @@ def test_testing_on_the_training_images_is_refused(small_shards: str, tmp_path: 
     with pytest.raises(UserError, match="same shards"):
         fine_tune(command(small_shards, tmp_path / "run", test_split="train"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ((1, 3), (1, 2), "1 test labels, such as 2, are not among the 2 train classes"),
+        ((2, 2), (2,), "every train label is 2"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_refused_before_training(
+    train: tuple[int, ...], test: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    for split, labels in (("train", train), ("test", test)):
+        members = [(f"{i}.{kind}", b"%d" % label) for i, label in enumerate(labels) for kind in ("cls", "png")]
+        write_tar(tmp_path / "data" / split / f"{split}.tar", members)
+    with pytest.raises(UserError, match=message):
+        fine_tune(command(str(tmp_path / "data"), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("size", 0), ("crop_scale", (0.9, 0.1)), ("crop_pct", 0.0), ("drop_path", 1.0)]
+)
+def test_settings_are_checked(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=name.replace("_", "-")):
+        command("data", tmp_path, **{name: value})
 
 
 def test_the_run_directory_is_kept_and_continued(small_shards: str, tmp_path: Path) -> None:

@@ -257,7 +257,9 @@ def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert result.data["test"]["count"] == 12
     assert result.data["train"]["fingerprint"] != result.data["test"]["fingerprint"]
     assert not result.details["layers"]["pooled"]["skip_self"]
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ("layer1", "pooled", "20 *"))
+    printed = capsys.readouterr()
+    assert all(word in printed.out for word in ("layer1", "pooled", "20 *"))
+    assert "neighbours are more than" not in printed.err
     run(KnnCommand(**config, test_split="train"))
+    assert "note: 200 neighbours are more than the 31 train images" in capsys.readouterr().err
     assert load_result(output).details["layers"]["pooled"]["skip_self"]

@@ -214,7 +214,7 @@ def test_settings_are_checked(name: str, value: object) -> None:
 
 
 def test_a_head_that_is_no_number_hits_nothing() -> None:
-    from convscope.eval.common import rank_of_truth
+    from convscope.eval.classes import rank_of_truth
 
     broken = Heads(torch.full((2, 3, 1), math.nan), torch.zeros(3, 1), torch.zeros(2), torch.ones(2))
     assert rank_of_truth(broken.logits(torch.ones(4, 2))[..., 0], torch.tensor([0, 1, 2, 0])).tolist() == [3] * 4
@@ -274,9 +274,9 @@ def test_every_kind_of_target(
     monkeypatch.chdir(tmp_path)
     layers = ("layer1+layer2", "layer1")
     run(command(small_shards, protocol=protocol, targets=targets, label=label, layers=layers))
-    task = "linear-probe" if protocol == "holdout" else "linear-probe-cached"
-    result = load_result(Path(f"results/resnet10t@random-{task}.json"))
-    assert (result.task, result.protocol, result.data["targets"]) == (task, f"{protocol}/1", targets)
+    name = "linear-probe" if protocol == "holdout" else "linear-probe-cached"
+    result = load_result(Path(f"results/resnet10t@random-{name}.json"))
+    assert (result.task, result.protocol, result.data["targets"]) == ("linear-probe", f"{protocol}/1", targets)
     assert set(result.figures) == figures
     assert list(result.details["layers"]) == ["layer1", "layer1+layer2"]
     row = result.details["layers"]["layer1+layer2"]

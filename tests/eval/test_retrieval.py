@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
@@ -14,6 +15,7 @@ from convscope.eval.retrieval import (
     RetrievalCommand,
     RetrievalConfig,
     candidate_ranking,
+    per_query,
     retrieval,
     run,
     share_label,
@@ -115,6 +117,13 @@ def test_queries_without_an_answer() -> None:
     alone = Features(["a", "b"], torch.eye(2), torch.tensor([0, 1]))
     with pytest.raises(UserError, match="no query"):
         retrieval(alone, alone, RetrievalConfig(skip_self=True, device="cpu"))
+    x = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1]])
+    mixed = Features(["a", "b", "c"], x, torch.tensor([0, 1, 0]))
+    config = RetrievalConfig(skip_self=True, recall_at=(1,), device="cpu")
+    found = per_query(mixed, mixed, config)
+    np.testing.assert_array_equal(found["recall@1"], [1, np.nan, 1])
+    np.testing.assert_array_equal(found["map"], [1, np.nan, 1])
+    assert retrieval(mixed, mixed, config)["map"].n == 2
 
 
 def test_command(small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from convscope.eval.svm import (
     run,
     svm,
 )
+from convscope.eval.svm_fit import FitSettings, fit_classes
 
 CONFIG = SvmConfig(costs=(0.1, 1, 10), device="cpu")
 
@@ -108,6 +109,26 @@ def test_one_class_an_image() -> None:
     assert figure.low < figure.value < figure.high
 
 
+def test_a_class_without_a_test_image_is_left_out_of_the_mean() -> None:
+    test = single_label(30, 1)
+    assert test.y is not None
+    scores, classes = test.x[:, :3].double(), torch.nn.functional.one_hot(test.y, 3)
+    values = [mean_average_precision(scores[:, [c]], classes[:, [c]], 0).value for c in range(3)]
+    classes[:, 1] = 0
+    assert mean_average_precision(scores, classes, 0).value == pytest.approx((values[0] + values[2]) / 2)
+
+
+def test_processes_give_the_same_numbers() -> None:
+    train = single_label(60, 0)
+    assert train.y is not None
+    x, present = train.x.double().numpy(), torch.nn.functional.one_hot(train.y).bool().numpy()
+    settings = FitSettings(costs=(0.1, 10), folds=3, positive_weight=2, max_iter=2000, seed=0)
+    one, two = (list(fit_classes(x, present, np.arange(60), x[:9], settings, count)) for count in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert (a.cost, a.average_precision, a.unfinished) == (b.cost, b.average_precision, b.unfinished)
+        np.testing.assert_array_equal(a.scores, b.scores)
+
+
 def test_interval_equals_a_plain_bootstrap() -> None:
     test = multi_label(40, 3)
     assert test.y is not None
@@ -188,7 +209,7 @@ def test_mistakes_are_told() -> None:
     for one, message in wrong:
         with pytest.raises(UserError, match=message):
             svm(one, test, CONFIG)
-    for name, value in (("costs", ()), ("folds", 1), ("whiten", -1), ("positive_weight", 0.0)):
+    for name, value in (("costs", ()), ("folds", 1), ("whiten", -1), ("positive_weight", 0.0), ("processes", 0)):
         with pytest.raises(UserError, match=name.replace("_", "-")):
             SvmConfig(**{name: value})  # type: ignore[arg-type]
 

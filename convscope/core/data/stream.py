@@ -230,7 +230,10 @@ class _Batches(Dataset[Any]):
                 fields = self.fields(sample) if self.fields is not None else {}
             except DecodeError as error:
                 if self.order is None:
-                    raise
+                    raise UserError(
+                        f"{error}, in {self.shards.shard_of(index)}; an evaluation leaves no image out: shards check "
+                        "lists all such samples"
+                    ) from error
                 skipped.append(Skipped(error.key, error.cause, str(self.shards.shard_of(index))))
                 index = int(self._samples_at(np.array([position + step]))[0])
                 continue

@@ -254,7 +254,7 @@ def test_evaluation_stops_at_a_corrupt_image(damaged, workers):
     assert next(batches)["key"] == ["00000", "00001", "00002"]
     with pytest.raises(UserError) as caught:
         next(batches)
-    assert str(caught.value) == "sample 00003: no image format that Pillow reads"
+    assert str(caught.value).startswith(f"sample 00003: no image format that Pillow reads, in {damaged.shards[0]}; ")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
