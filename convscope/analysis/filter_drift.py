@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convscope.analysis.filter_statistics import Eigenfilters, Filters, chunks
+from convscope.analysis.filter_statistics import Eigenfilters, Filters, chunks, peaks
 from convscope.core.errors import UserError
 from convscope.core.results import Figure
 
@@ -109,8 +109,8 @@ def basis_arrays(bases: dict[str, Basis]) -> dict[str, Array]:
 
 def peak_normalised(filters: Array) -> Array:
     """Filters (n, d) each divided by its largest absolute weight; those of zeros stay."""
-    largest = np.abs(filters).max(axis=1, keepdims=True)
-    return filters / np.where(largest == 0, 1.0, largest)
+    largest = peaks(filters)
+    return filters / np.where(largest == 0, 1.0, largest)[:, None]
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,9 @@ class Eigenfilters:
 Kind = Literal["sound", "unknown", "zero", "alike", "random", "redundant"]
 MEANINGS: dict[Kind, str] = {
     "sound": "filters differ more than noise does and are in use",
-    "unknown": "too few filters to tell",
+    "unknown": "pointwise, or too few filters to tell",
     "zero": "all weights are zero: it passes nothing on, and fine-tuning has to build it anew",
-    "alike": "all filters are the same: it can only blur or scale; fine-tune it with a fresh initialisation",
+    "alike": "all filters are one kernel: it responds to one pattern only; fine-tune it from a fresh initialisation",
     "random": "filters vary as at random initialisation: it has learned little that could be transferred, and "
     "fine-tuning has to train it; more pretraining or a smaller network may help",
     "redundant": "few patterns and many filters near zero: more channels than it needs; it transfers, and can be "
@@ -187,7 +187,10 @@ def entropy_threshold(count: int, dimension: int = 9) -> float | None:
 def peaks(filters: Filters) -> Array:
     """Largest absolute weight of each filter (n,), float64."""
     flat = as_rows(filters)
-    found: Array = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
+    found = np.empty(len(flat))
+    for start in range(0, len(flat), CHUNK):
+        part = np.abs(flat[start : start + CHUNK])
+        found[start : start + CHUNK] = np.ascontiguousarray(part.T).max(axis=0)  # 13 times as fast as along rows of 9
     return found
 
 

@@ -36,7 +36,8 @@ class FiltersCommand(FiltersConfig):
     models: tyro.conf.Positional[tuple[str, ...]]
     """One or more MODELs."""
     size: str = "auto"
-    """Kernel size of the plots and summary, such as 3x3; auto: the one that most layers have, 1x1 aside."""
+    """Kernel size of the plots and summary, such as 3x3; auto: the one that most models and layers have,
+    1x1 aside."""
     fold_bn: bool = False
     """Scale the weights by the BatchNorm that follows them, as exporters do."""
     trajectory: bool = False
@@ -74,7 +75,25 @@ def run(config: FiltersCommand) -> None:
 
 
 def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalResult:
-    """Measure labelled backbones, write the files, and return the result.
+    """Measure labelled backbones, write the files, and return the result."""
+    report = measure(backbones, config)
+    records = {label: model_record(backbone) for label, backbone in backbones.items()}
+    result = EvalResult(
+        task="filters",
+        protocol="filter-db/1" if config.compat == "filter-db" else "filters/1",
+        model=one_or_all(records, {"source": ", ".join(records)}),
+        data={"size": report.size, "weights": "BatchNorm folded" if config.fold_bn else "as stored"},
+        preprocessing={},
+        figures=figures(report),
+        details=details(report),
+        seed=config.seed,
+    )
+    write(config.output_dir, result, report)
+    return result
+
+
+def measure(backbones: Mapping[str, Backbone], config: FiltersCommand) -> FiltersReport:
+    """Measure labelled backbones.
 
     Raises:
         UserError: a model without convolutions larger than 1x1 or with weights that are not finite; no such size.
@@ -89,37 +108,26 @@ def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalR
                 ticker.advance()
     size = main_size(statistics, config.size)
     comparisons = _comparisons(networks, statistics, size, config)
-    report = FiltersReport(config, size, networks, statistics, comparisons, config.trajectory)
-    records = {label: model_record(backbone) for label, backbone in backbones.items()}
-    result = EvalResult(
-        task="filters",
-        protocol="filter-db/1" if config.compat == "filter-db" else "filters/1",
-        model=one_or_all(records, {"source": ", ".join(records)}),
-        data={"size": size, "weights": "BatchNorm folded" if config.fold_bn else "as stored"},
-        preprocessing={},
-        figures=figures(report),
-        details=details(report),
-        seed=config.seed,
-    )
-    write(config.output_dir, result, report)
-    return result
+    return FiltersReport(config, size, networks, statistics, comparisons, config.trajectory)
 
 
 def main_size(statistics: Mapping[str, list[LayerStatistics]], wanted: str) -> str:
-    """The kernel size that most layers of all models have, 1x1 aside, or the wanted one.
+    """The kernel size that most models have, of those the one of most layers, 1x1 aside; or the wanted one.
 
     Raises:
         UserError: there is none, or not the wanted one.
     """
-    totals = Counter(layer.size for layers in statistics.values() for layer in layers)
-    del totals["1x1"]
-    if not totals:
-        raise UserError(
-            f"filters: {', '.join(statistics)} has no convolution larger than 1x1; there is nothing to compare"
-        )
-    if wanted != "auto" and wanted not in totals:
-        raise UserError(f"filters: no {wanted} filters; there are {', '.join(sorted(totals))} (1x1 has no pattern)")
-    return totals.most_common(1)[0][0] if wanted == "auto" else wanted
+    layers = Counter(layer.size for one in statistics.values() for layer in one)
+    models = Counter(size for one in statistics.values() for size in {layer.size for layer in one})
+    known = sorted(set(layers) - {"1x1"})
+    if not known:
+        raise UserError(f"filters: {', '.join(statistics)}: no convolution larger than 1x1, so no filters to compare")
+    if wanted not in ("auto", *known):
+        raise UserError(f"filters: no {wanted} filters; there are {', '.join(known)} (1x1 has no pattern)")
+    size = max(known, key=lambda each: (models[each], layers[each])) if wanted == "auto" else wanted
+    if without := [label for label, one in statistics.items() if all(layer.size != size for layer in one)]:
+        info(f"filters: no {size} filters in {', '.join(without)}; they are in filters.csv only")
+    return size
 
 
 def _layers(label: str, backbone: Backbone, config: FiltersCommand) -> ConvLayers:
