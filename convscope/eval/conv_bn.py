@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convscope.core.backbone import Backbone
+from convscope.core.conv_bn_pairs import conv_bn_pairs, features_of, small_images
 from convscope.core.errors import UserError
 
 TOLERANCE = 1e-9  # of the largest feature, in float64
-SIDE = 64  # pixels of the images that the pairs are found and proved with, where the network takes that size
 
 
 class _InBatchNorm(nn.Conv2d):
@@ -79,33 +79,12 @@ def fold(backbone: Backbone) -> int:
 
 
 def _pairs(backbone: Backbone) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions whose very output, unchanged, is what a BatchNorm takes."""
-    made: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-
-    def after_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        assert isinstance(module, nn.Conv2d)
-        made[id(output)] = (module, output, output._version)  # the tensor too, so that its id stays its own
-
-    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        conv, output, version = made.get(id(inputs[0]), (None, None, None))
-        if conv is not None and output is inputs[0] and inputs[0]._version == version:
-            assert isinstance(module, nn.BatchNorm2d)
-            pairs.append((conv, module))
-
-    handles = []
-    for module in backbone.model.modules():
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            handles.append(module.register_forward_hook(after_convolution))
-        elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
-            handles.append(module.register_forward_pre_hook(before_norm))
-    try:
-        _features(backbone, _images(backbone))
-    finally:
-        for handle in handles:
-            handle.remove()
-    convs, norms = [id(conv) for conv, _ in pairs], [id(norm) for _, norm in pairs]
-    return [pair for pair in pairs if convs.count(id(pair[0])) == norms.count(id(pair[1])) == 1]  # used once
+    """The pairs whose convolution `_WithConvolution` computes."""
+    return [
+        (conv, norm)
+        for conv, norm in conv_bn_pairs(backbone)
+        if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    ]
 
 
 def _prove(backbone: Backbone, stock: nn.Module) -> None:
@@ -113,23 +92,7 @@ def _prove(backbone: Backbone, stock: nn.Module) -> None:
     folded = copy.deepcopy(backbone).double()
     original = copy.deepcopy(folded)
     original.model = stock.double()
-    images = _images(folded)
-    found, expected = _features(folded, images), _features(original, images)
+    images = small_images(folded)
+    found, expected = features_of(folded, images), features_of(original, images)
     if not bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max()):
         raise UserError(f"--convbn tune does not compute what {backbone.arch} computes; use --convbn eval")
-
-
-def _images(backbone: Backbone) -> Tensor:
-    fixed = hasattr(backbone.model, "set_input_size")
-    height, width = backbone.preprocessing.size if fixed else (SIDE, SIDE)
-    like = next(backbone.parameters())
-    ramp = torch.linspace(-2, 2, 2 * 3 * height * width, dtype=like.dtype, device=like.device)
-    return ramp.view(2, 3, height, width).sin()
-
-
-@torch.no_grad()
-def _features(backbone: Backbone, images: Tensor) -> Tensor:
-    training = backbone.training
-    features: Tensor = backbone.eval()(images)
-    backbone.train(training)
-    return features
