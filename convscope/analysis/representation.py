@@ -93,7 +93,8 @@ def centred(x: Tensor) -> Tensor:
 
 def singular_values(x: Tensor) -> Tensor:
     """(min(N, D),) descending."""
-    return torch.linalg.svdvals(x.double())
+    values: Tensor = torch.linalg.svdvals(x.double())
+    return values
 
 
 def effective_rank(spectrum: Tensor, epsilon: float = RANK_EPSILON) -> float:
