@@ -93,6 +93,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "FiltersCommand",
         "convolution filters: in use or not, degenerate layers, drift between models",
     ),
+    ("analyze", "representation"): Command(
+        "convscope.analysis.representation_command",
+        "RepresentationCommand",
+        "rank, spread, collapse and similarity of features (RankMe, alpha-ReQ, uniformity, CKA)",
+    ),
     ("export", "backbone"): Command(
         "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"
     ),

@@ -1,0 +1,142 @@
+"""What `analyze representation` prints and writes."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from convscope.analysis.common import write_csv
+from convscope.analysis.representation import PowerLaw
+from convscope.core.files import atomic_write
+from convscope.core.results import EvalResult, Figure, save_result
+from convscope.plots.representation import StageCurves, draw_cka, draw_stages
+
+POOLED = "pooled"  # what the network hands its classifier
+METRICS = ("rankme", "effective_rank", "nesum", "alpha", "uniformity", "alignment", "lidar", "spread", "unused")
+MEANINGS = {
+    "rankme": "RankMe (uncentred)",
+    "effective_rank": "effective rank (centred)",
+    "nesum": "NESum",
+    "alpha": "alpha-ReQ",
+    "uniformity": "uniformity",
+    "alignment": "alignment of two views",
+    "lidar": "LiDAR",
+    "spread": "standard deviation by dimension x sqrt(D), mean",
+    "unused": "share of dimensions with less than a hundredth of it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What was measured of one layer."""
+
+    figures: Mapping[str, Figure]  # of METRICS; those that cannot be measured are left out
+    eigenvalues: Tensor  # (min(N, D),) of the covariance, descending
+    law: PowerLaw | None
+    verdict: tuple[str, str]
+    width: int
+
+
+def table(result: EvalResult) -> str:
+    """Aligned text: a row for each layer."""
+    head = (
+        "model",
+        "layer",
+        "width",
+        "RankMe",
+        "eff. rank",
+        "NESum",
+        "alpha (ranks)",
+        "uniformity",
+        "alignment",
+        "LiDAR",
+    )
+    lines = [head]
+    previous = ""
+    for row in result.details["layers"]:
+        law = row["power_law"]
+        alpha = f"{law['alpha']:.2f} ({law['window'][0]}-{law['window'][1]})" if law else "-"
+        cells = [_cell(row["figures"].get(name)) for name in ("rankme", "effective_rank", "nesum")]
+        cells += [alpha, *(_cell(row["figures"].get(name)) for name in ("uniformity", "alignment", "lidar"))]
+        lines.append((row["model"] if row["model"] != previous else "", row["layer"], str(row["width"]), *cells))
+        previous = row["model"]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    ends = {row["model"]: row for row in result.details["layers"]}  # the last layer of each
+    text += [f"{model}: {row['verdict']}: {row['because']}" for model, row in ends.items()]
+    return "\n".join(text)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def figures(layers: Mapping[tuple[str, str], Layer], *, many: bool) -> dict[str, Figure]:
+    """Of the network's own pooled features; those of the stages are among the details."""
+    return {
+        f"{label}: {MEANINGS[name]}" if many else MEANINGS[name]: figure
+        for (label, layer), one in layers.items()
+        if layer == POOLED
+        for name, figure in one.figures.items()
+    }
+
+
+def details(key: tuple[str, str], layer: Layer) -> dict[str, Any]:
+    """A layer's row in the result file."""
+    return {
+        "model": key[0],
+        "layer": key[1],
+        "width": layer.width,
+        "figures": {name: figure.value for name, figure in layer.figures.items()},
+        "power_law": dataclasses.asdict(layer.law) if layer.law else None,
+        "verdict": layer.verdict[0],
+        "because": layer.verdict[1],
+    }
+
+
+def write(
+    folder: Path,
+    result: EvalResult,
+    layers: Mapping[tuple[str, str], Layer],
+    cka: Tensor,
+    biased: list[list[float]],
+) -> None:
+    """Write representation.json, .npz, .csv, -cka.csv and the plots."""
+    models = np.array([label for label, _ in layers])
+    names = np.array([name for _, name in layers])
+    arrays: dict[str, Any] = {"models": models, "layers": names, "cka": cka.numpy(), "cka_biased": np.array(biased)}
+    arrays |= {f"eigenvalues_{index}": layer.eigenvalues.numpy() for index, layer in enumerate(layers.values())}
+    with atomic_write(folder / "representation.npz") as file:
+        np.savez_compressed(file, **arrays)
+    rows = []
+    for (label, name), layer in layers.items():
+        for metric, figure in layer.figures.items():
+            rows.append((label, name, layer.width, metric, figure.value, figure.low, figure.high, figure.n))
+    header = ("model", "layer", "width", "metric", "value", "low", "high", "images")
+    write_csv(folder / "representation.csv", header, rows)
+    cka_rows = [
+        (*first, *second, float(cka[i, j])) for i, first in enumerate(layers) for j, second in enumerate(layers)
+    ]
+    cka_header = ("model", "layer", "other model", "other layer", "unbiased linear CKA")
+    write_csv(folder / "representation-cka.csv", cka_header, cka_rows)
+    draw_stages(_curves(layers)).save(folder / "representation.png", folder / "representation.svg")
+    cka_files = [folder / f"representation-cka{suffix}" for suffix in (".png", ".svg")]
+    draw_cka(cka.numpy(), list(layers)).save(*cka_files)
+    save_result(folder / "representation.json", result)
+
+
+def _curves(layers: Mapping[tuple[str, str], Layer]) -> list[StageCurves]:
+    found = []
+    for label in dict.fromkeys(label for label, _ in layers):
+        mine = {name: layer for (owner, name), layer in layers.items() if owner == label}
+        values = {
+            metric: [layer.figures[metric].value if metric in layer.figures else None for layer in mine.values()]
+            for metric in ("rankme", "effective_rank", "uniformity", "alignment")
+        }
+        last = mine[POOLED]
+        law = None if last.law is None else (last.law.alpha, last.law.window)
+        found.append(StageCurves(label, list(mine), values, last.eigenvalues.numpy(), law))
+    return found
