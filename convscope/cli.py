@@ -93,6 +93,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "FiltersCommand",
         "convolution filters: in use or not, degenerate layers, drift between models",
     ),
+    ("analyze", "linear"): Command(
+        "convscope.analysis.linear_command", "LinearCommand", "what pixels and biases add to single features"
+    ),
     ("analyze", "representation"): Command(
         "convscope.analysis.representation_command",
         "RepresentationCommand",
