@@ -88,6 +88,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "convscope.eval.info", "InfoCommand", "what a checkpoint was recognised as: layout, architecture, preprocessing"
     ),
     ("analyze", "erf"): Command("convscope.analysis.erf_command", "ErfCommand", "effective receptive fields"),
+    ("analyze", "filters"): Command(
+        "convscope.analysis.filters_command",
+        "FiltersCommand",
+        "convolution filters: in use or not, degenerate layers, drift between models",
+    ),
     ("export", "backbone"): Command(
         "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"
     ),

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 from torch import Tensor
 
+from convscope.analysis.common import load_models, one_or_all
 from convscope.analysis.erf import VARIANTS, Area, ErfConfig, ErfResult, erf
 from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet, open_shards
@@ -19,7 +20,7 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.files import atomic_write
 from convscope.core.log import Ticker, info, progress
-from convscope.core.models import load_backbone, model_record, untrained_twin
+from convscope.core.models import model_record
 from convscope.core.results import EvalResult, Figure, save_result
 from convscope.plots.erf import ErfPanel, draw_erf
 
@@ -71,14 +72,12 @@ class ErfCommand(ErfConfig):
 
 def run(config: ErfCommand) -> None:
     """Load the models, measure, write the files and print the areas."""
-    if not config.models:
-        raise UserError("erf: name at least one MODEL")
-    backbones: dict[str, Backbone] = {}
-    for source in dict.fromkeys(config.models):
-        backbone = load_backbone(source, arch=config.arch, allow_partial=config.allow_partial)
-        backbones[source] = backbone
-        if config.untrained:
-            backbones[f"{source} (untrained)"] = untrained_twin(backbone, seed=config.seed)
+    backbones = load_models(
+        config.models,
+        arch=config.arch,
+        allow_partial=config.allow_partial,
+        untrained_seed=config.seed if config.untrained else None,
+    )
     result = evaluate(backbones, open_shards(config.data, config.split), config)
     print(area_table(result))
     info(f"erf: wrote {config.output_dir}/erf.json, .npz, .png and .svg")
@@ -104,14 +103,14 @@ def evaluate(backbones: Mapping[str, Backbone], shards: ShardSet, config: ErfCom
     result = EvalResult(
         task="erf",
         protocol="erf-replknet/1" if config.compat == "replknet" else "erf-corrected/1",
-        model=_one_or_all(records, {"source": ", ".join(records)}),
+        model=one_or_all(records, {"source": ", ".join(records)}),
         data={
             "source": shards.source,
             "split": shards.split,
             "fingerprint": shards.fingerprint,
             "images": len(indices),
         },
-        preprocessing=_one_or_all(preprocessing, {}),
+        preprocessing=one_or_all(preprocessing, {}),
         figures=_figures(measured, config),
         details={
             "stage": config.stage,
@@ -182,12 +181,6 @@ def _details(one: ErfResult) -> dict[str, Any]:
         "sigma": one.sigma,
         "areas": {name: [area and dataclasses.asdict(area) for area in row] for name, row in one.areas.items()},
     }
-
-
-def _one_or_all(values: Mapping[str, dict[str, Any]], shared: dict[str, Any]) -> dict[str, Any]:
-    """The one value where all models have the same, else every model's under its label."""
-    distinct = list(values.values())
-    return distinct[0] if all(value == distinct[0] for value in distinct) else {**shared, "models": dict(values)}
 
 
 def _at_size(backbone: Backbone, size: int) -> Backbone:

@@ -10,7 +10,7 @@ so that histograms of later checkpoints or of a stream have the same bins, and e
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,16 @@ from numpy.typing import NDArray
 
 from convscope.analysis.filter_statistics import Eigenfilters, Filters, chunks
 from convscope.core.errors import UserError
+from convscope.core.results import Figure
 
 Array = NDArray[Any]
 BINS, PUBLISHED_BINS = 71, 70  # odd, so that 0 lies within a bin, whatever a component's sign
 FINE = 8  # bins that each of the drift's is divided into, for drawing
 RANGE = 4.0  # standard deviations along the first component; what lies outside counts in the outermost bins
 PRIOR = 0.5  # counts that every bin starts with (Krichevsky and Trofimov 1981)
+GRID = 512  # cells a side of the joint density of the first two coefficients
+MIN_LAYERS = 5  # fewer give no interval
+RESAMPLES, DRAWN_AT_ONCE = 1000, 50
 EMPTY = float(np.finfo(np.float32).eps)  # published density of an empty bin
 
 
@@ -109,47 +113,74 @@ def peak_normalised(filters: Array) -> Array:
     return filters / np.where(largest == 0, 1.0, largest)
 
 
-def coefficient_range(filters: Filters, basis: Basis) -> tuple[float, float]:
-    """Smallest and largest coefficient of all components: the published bins' range, over all that is compared."""
+@dataclass(frozen=True)
+class Bins:
+    """Bins of one width that coefficients are counted in; what lies outside counts in the outermost ones."""
+
+    low: float
+    high: float
+    count: int
+    published: bool = False
+
+    def probabilities(self, counts: Array) -> Array:
+        """Probabilities (..., bins), all positive, from counts (..., bins)."""
+        if not self.published:
+            richer = counts + PRIOR
+            return np.asarray(richer / richer.sum(axis=-1, keepdims=True))
+        density = counts / (counts.sum(axis=-1, keepdims=True) * (self.high - self.low) / self.count)
+        density = np.where(density == 0, EMPTY, density)
+        return np.asarray(density / density.sum(axis=-1, keepdims=True))
+
+
+def default_bins(basis: Basis) -> Bins:
+    """A symmetric range that the basis alone sets."""
+    return Bins(-basis.reach, basis.reach, BINS)
+
+
+def published_bins(filters: Iterable[Filters], basis: Basis) -> Bins:
+    """The smallest to the largest coefficient of all filters that are compared."""
     low, high = math.inf, -math.inf
-    for chunk in chunks(filters):
-        found = basis.coefficients(peak_normalised(chunk))
-        low, high = min(low, float(found.min())), max(high, float(found.max()))
-    return low, high
+    for part in filters:
+        for chunk in chunks(part):
+            found = basis.coefficients(peak_normalised(chunk))
+            low, high = min(low, float(found.min())), max(high, float(found.max()))
+    if not low < high:  # one filter, or several that are alike
+        low, high = low - 0.5, high + 0.5
+    return Bins(low, high, PUBLISHED_BINS, published=True)
 
 
-def coefficient_counts(
-    filters: Filters, basis: Basis, bins: int = BINS * FINE, span: tuple[float, float] | None = None
-) -> NDArray[np.int64]:
-    """Histograms of the coefficients (d, bins); counts of several chunks add up.
+class CoefficientCounts:
+    """Histograms of filters' coefficients, in constant memory.
 
     Args:
-        filters: raw or folded; they are peak-normalised here.
         basis: that coefficients are taken in.
-        bins: number of bins, of one width.
-        span: first and last edge; (-reach, reach) by default, with what lies outside in the outermost bins.
+        bins: of the drift.
     """
-    low, high = span or (-basis.reach, basis.reach)
-    counts = np.zeros((basis.dimension, bins), dtype=np.int64)
-    for chunk in chunks(filters):
-        found = basis.coefficients(peak_normalised(chunk)).clip(low, high)
-        for component, values in enumerate(found.T):
-            counts[component] += np.histogram(values, bins, (low, high))[0]
-    return counts
 
+    def __init__(self, basis: Basis, bins: Bins) -> None:
+        self.basis, self.bins = basis, bins
+        self.fine = np.zeros((basis.dimension, bins.count * FINE), dtype=np.int64)  # each bin cut into FINE
+        self.density = np.zeros((GRID, GRID), dtype=np.int64)  # of the first coefficient (rows) and the second
 
-def probabilities(counts: Array, *, prior: float = PRIOR) -> Array:
-    """Probabilities of the bins (..., bins) from counts (..., bins), each bin `prior` counts richer."""
-    richer = counts + prior
-    return np.asarray(richer / richer.sum(axis=-1, keepdims=True))
+    def update(self, filters: Filters) -> NDArray[np.int64]:
+        """Count raw or folded filters, which are peak-normalised here; returns their own counts (d, bins)."""
+        low, high = self.bins.low, self.bins.high
+        fine = np.zeros_like(self.fine)
+        for chunk in chunks(filters):
+            found = self.basis.coefficients(peak_normalised(chunk)).clip(low, high)
+            for component, values in enumerate(np.ascontiguousarray(found.T)):
+                fine[component] += np.histogram(values, fine.shape[1], (low, high))[0]
+            cells = ((found[:, :2] - low) * (GRID / (high - low))).astype(np.int64).clip(max=GRID - 1)
+            first, second = cells[:, 0], cells[:, -1]
+            self.density += np.bincount(first * GRID + second, minlength=GRID**2).reshape(GRID, GRID)
+        self.fine += fine
+        counts: NDArray[np.int64] = fine.reshape(len(fine), self.bins.count, FINE).sum(axis=2)
+        return counts
 
-
-def published_probabilities(counts: Array, span: tuple[float, float]) -> Array:
-    """Probabilities as published: densities over `span`, with float32's epsilon for an empty bin, made to sum to 1."""
-    width = (span[1] - span[0]) / counts.shape[-1]
-    density = counts / counts.sum(axis=-1, keepdims=True) / width
-    density = np.where(density == 0, EMPTY, density)
-    return np.asarray(density / density.sum(axis=-1, keepdims=True))
+    def merge(self, other: "CoefficientCounts") -> None:
+        """Add what another one of the same basis and bins has counted."""
+        self.fine += other.fine
+        self.density += other.density
 
 
 def drift(p: Array, q: Array, weights: Array) -> float:
@@ -170,3 +201,45 @@ def drift_matrix(distributions: Sequence[Array], weights: Array) -> Array:
         for j in range(i):
             found[i, j] = found[j, i] = drift(p, distributions[j], weights)
     return found
+
+
+def layer_weights(counts: Array, *, balanced: bool) -> Array:
+    """Weights (layers,) of layers' counts (layers, d, bins): 1 each, or such that all layers count alike."""
+    sizes = counts[:, 0].sum(axis=-1)
+    return np.asarray(sizes.mean() / sizes if balanced else np.ones(len(counts)))
+
+
+def layer_drift(
+    first: Array, second: Array, bins: Bins, weights: Array, *, balanced: bool = False, paired: bool, seed: int = 0
+) -> Figure:
+    """Drift between the filters of two networks, with its percentile bootstrap interval over their layers.
+
+    Args:
+        first: counts of each layer (layers, d, bins).
+        second: the other's.
+        bins: that they were counted in.
+        weights: share of the variance that each component explains (d,).
+        balanced: every layer counts alike, however many filters it has.
+        paired: the two have the same layers, in the same order, which are drawn together.
+        seed: of the bootstrap.
+    """
+    parts = [layer_weights(counts, balanced=balanced)[:, None, None] * counts for counts in (first, second)]
+    shape = first.shape[1:]
+
+    def measure(totals: Sequence[Array]) -> Array:
+        p, q = (bins.probabilities(total) for total in totals)
+        return np.asarray(((p - q) * np.log(p / q)).sum(axis=-1) @ weights)
+
+    value = float(measure([part.sum(axis=0) for part in parts]))
+    if min(len(first), len(second)) < MIN_LAYERS:
+        return Figure(value, n=min(len(first), len(second)))
+    rng = np.random.default_rng(seed)
+    draws: list[Array] = []
+    for _ in range(RESAMPLES // DRAWN_AT_ONCE):
+        times = [rng.multinomial(len(part), np.full(len(part), 1 / len(part)), DRAWN_AT_ONCE) for part in parts]
+        if paired:
+            times[1] = times[0]
+        drawn = [time @ part.reshape(len(part), -1) for time, part in zip(times, parts)]
+        draws.append(measure([each.reshape(-1, *shape) for each in drawn]))
+    low, high = np.percentile(np.concatenate(draws), [2.5, 97.5])
+    return Figure(value, float(low), float(high), min(len(first), len(second)))

@@ -242,13 +242,21 @@ def verdict(
     if moments.alike:
         return "alike"
     entropy = moments.variance_entropy()
-    scale = math.log10(dimension) / MAXIMUM_3X3
-    if entropy < LOW_ENTROPY * scale and sparsity >= high_sparsity:
+    if entropy < LOW_ENTROPY * _relative(dimension) and sparsity >= high_sparsity:
         return "redundant"
+    random = is_random(entropy, count, dimension, margin)
+    return "unknown" if random is None else "random" if random else "sound"
+
+
+def is_random(entropy: float, count: int, dimension: int = 9, margin: float = MARGIN) -> bool | None:
+    """Whether filters vary as random ones do, within `margin` of 3x3 kernels' entropy; None for too few to tell."""
     threshold = entropy_threshold(count, dimension)
-    if threshold is None:
-        return "unknown"
-    return "random" if entropy >= threshold - margin * scale else "sound"
+    return None if threshold is None else entropy >= threshold - margin * _relative(dimension)
+
+
+def _relative(dimension: int) -> float:
+    """The largest entropy of filters of this size as a multiple of 3x3 ones'."""
+    return math.log10(dimension) / MAXIMUM_3X3
 
 
 def sparsity_sweep(filters: Filters, ratios: Sequence[float]) -> list[float]:

@@ -1,0 +1,165 @@
+"""`convscope analyze filters`: convolution filters of one or several models."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from convscope.analysis.common import load_models, one_or_all
+from convscope.analysis.conv_layers import ConvLayers, conv_layers
+from convscope.analysis.filter_drift import Basis, load_basis
+from convscope.analysis.filters import (
+    Comparison,
+    FiltersConfig,
+    LayerStatistics,
+    compare,
+    layer_statistics,
+    pooled_basis,
+)
+from convscope.analysis.filters_files import write
+from convscope.analysis.filters_output import FiltersReport, details, figures, summary
+from convscope.core.backbone import Backbone
+from convscope.core.errors import UserError
+from convscope.core.log import info, progress
+from convscope.core.models import model_record
+from convscope.core.results import EvalResult
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FiltersCommand(FiltersConfig):
+    """Convolution filters: how many are used, how much they differ, and how far models lie apart."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """One or more MODELs."""
+    size: str = "auto"
+    """Kernel size of the plots and summary, such as 3x3; auto: the one that most layers have, 1x1 aside."""
+    fold_bn: bool = False
+    """Scale the weights by the BatchNorm that follows them, as exporters do."""
+    trajectory: bool = False
+    """The models are moments of one training, in order; a run stands for all the checkpoints it has kept."""
+    basis: Path | None = None
+    """filters.npz of an earlier analysis whose components and bins are taken, so that drifts compare with its own."""
+    compat: Literal["none", "filter-db"] = "none"
+    """filter-db: histograms as in the paper's notebook, with bins over the data's range and 1e-7 for an empty one."""
+    untrained: bool = False
+    """Measure each model's randomly initialised twin too."""
+    arch: str | None = None
+    """Architecture of weights that do not name their own."""
+    allow_partial: float = 1.0
+    """Accepted share of the backbone's weights that a checkpoint provides."""
+    output_dir: Path = Path("results")
+    """Where filters.json, .npz, .csv and the plots go."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size != "auto" and not re.fullmatch(r"\d+x\d+", self.size):
+            raise UserError(f"filters: --size is auto or such as 3x3, got {self.size!r}")
+
+
+def run(config: FiltersCommand) -> None:
+    """Load the models, measure, write the files and print the summary."""
+    backbones = load_models(
+        _moments(config.models) if config.trajectory else config.models,
+        arch=config.arch,
+        allow_partial=config.allow_partial,
+        untrained_seed=config.seed if config.untrained else None,
+    )
+    result = evaluate(backbones, config)
+    print(summary(result))
+    info(f"filters: wrote {config.output_dir}/filters.json, .npz, .csv and plots (filters-*.png, .svg)")
+
+
+def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalResult:
+    """Measure labelled backbones, write the files, and return the result.
+
+    Raises:
+        UserError: a model without convolutions larger than 1x1 or with weights that are not finite; no such size.
+    """
+    networks = {label: _layers(label, backbone, config) for label, backbone in backbones.items()}
+    statistics: dict[str, list[LayerStatistics]] = {}
+    for label, layers in networks.items():
+        with progress(f"filters {label}", len(layers)) as ticker:
+            statistics[label] = []
+            for layer in layers:
+                statistics[label].append(layer_statistics(layer, config))
+                ticker.advance()
+    size = main_size(statistics, config.size)
+    comparisons = _comparisons(networks, statistics, size, config)
+    report = FiltersReport(config, size, networks, statistics, comparisons, config.trajectory)
+    records = {label: model_record(backbone) for label, backbone in backbones.items()}
+    result = EvalResult(
+        task="filters",
+        protocol="filter-db/1" if config.compat == "filter-db" else "filters/1",
+        model=one_or_all(records, {"source": ", ".join(records)}),
+        data={"size": size, "weights": "BatchNorm folded" if config.fold_bn else "as stored"},
+        preprocessing={},
+        figures=figures(report),
+        details=details(report),
+        seed=config.seed,
+    )
+    write(config.output_dir, result, report)
+    return result
+
+
+def main_size(statistics: Mapping[str, list[LayerStatistics]], wanted: str) -> str:
+    """The kernel size that most layers of all models have, 1x1 aside, or the wanted one.
+
+    Raises:
+        UserError: there is none, or not the wanted one.
+    """
+    totals = Counter(layer.size for layers in statistics.values() for layer in layers)
+    del totals["1x1"]
+    if not totals:
+        raise UserError(
+            f"filters: {', '.join(statistics)} has no convolution larger than 1x1; there is nothing to compare"
+        )
+    if wanted != "auto" and wanted not in totals:
+        raise UserError(f"filters: no {wanted} filters; there are {', '.join(sorted(totals))} (1x1 has no pattern)")
+    return totals.most_common(1)[0][0] if wanted == "auto" else wanted
+
+
+def _layers(label: str, backbone: Backbone, config: FiltersCommand) -> ConvLayers:
+    layers = conv_layers(backbone, fold_bn=config.fold_bn)
+    if not len(layers):
+        raise UserError(f"filters: {label} has no convolutions")
+    if layers.depth_from != "graph":
+        info(f"filters: the graph of {label} cannot be followed; its layers are in {layers.depth_from}")
+    if layers.unreached:
+        info(f"filters: {label} does not use {', '.join(layers.unreached)}; left out")
+    if config.fold_bn and not any(layer.folded for layer in layers):
+        info(f"filters: {label} has no BatchNorm directly behind a convolution; its weights stay as stored")
+    return layers
+
+
+def _comparisons(
+    networks: Mapping[str, ConvLayers],
+    statistics: Mapping[str, list[LayerStatistics]],
+    size: str,
+    config: FiltersCommand,
+) -> dict[str, Comparison]:
+    """The comparison at every kernel size, the main one first."""
+    every = [layer for layers in statistics.values() for layer in layers]
+    sizes = [size, *sorted({layer.size for layer in every} - {size, "1x1"})]
+    bases: dict[str, Basis] = load_basis(config.basis) if config.basis else {}
+    if bases and size not in bases:
+        raise UserError(f"filters: {config.basis} has no basis for {size} filters; it has {', '.join(bases)}")
+    found: dict[str, Comparison] = {}
+    for each in sizes:
+        if bases and each not in bases:
+            continue
+        basis = bases.get(each) or pooled_basis(every, each)
+        found[each] = compare(networks, each, basis, published=config.compat == "filter-db")
+    return found
+
+
+def _moments(sources: tuple[str, ...]) -> list[str]:
+    """A run's checkpoints in the place of the run."""
+    found: list[str] = []
+    for source in sources:
+        kept = sorted(Path(source).glob("checkpoints/step-*.pt"))
+        found += [str(file) for file in kept] or [source]
+    return found
