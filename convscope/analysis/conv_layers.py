@@ -8,7 +8,7 @@ records it, which follows any control flow.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,38 @@ from convscope.core.backbone import Backbone
 from convscope.core.conv_bn_pairs import conv_bn_pairs, small_images
 
 DepthFrom = Literal["graph", "execution order", "definition order"]
+
+
+class Layer(Protocol):
+    """What the statistics of a layer are of."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def size(self) -> str: ...  # noqa: D102
+    @property
+    def depth(self) -> int: ...  # noqa: D102
+    @property
+    def depth_norm(self) -> float: ...  # noqa: D102
+    @property
+    def groups(self) -> int: ...  # noqa: D102
+    @property
+    def weight(self) -> Tensor: ...  # noqa: D102
+    @property
+    def filters(self) -> Tensor: ...  # noqa: D102
+
+
+class Layers(Protocol):
+    """Layers of one network, or of several that are looked at together."""
+
+    @property
+    def depth_from(self) -> str: ...  # noqa: D102
+    @property
+    def unreached(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def folded(self) -> tuple[str, ...]: ...  # noqa: D102
+    def __iter__(self) -> Iterator[Layer]: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +90,11 @@ class ConvLayers:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Names of the layers that a BatchNorm is folded into."""
+        return tuple(layer.name for layer in self.layers if layer.folded)
 
 
 def conv_layers(backbone: Backbone, *, fold_bn: bool = False) -> ConvLayers:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convscope.analysis.filter_statistics import Eigenfilters, Filters, chunks
+from convscope.analysis.filter_statistics import Eigenfilters, Filters, chunks, peaks
 from convscope.core.errors import UserError
 from convscope.core.results import Figure
 
@@ -57,7 +57,8 @@ class Basis:
 
     def coefficients(self, filters: Array) -> Array:
         """Coefficients (n, d) of peak-normalised filters (n, d)."""
-        found: Array = (filters - self.mean) @ self.components.T
+        centred = np.ascontiguousarray((filters - self.mean).T)  # (d, n): BLAS is ten times as fast this way round
+        found: Array = (self.components @ centred).T
         return found
 
 
@@ -109,8 +110,8 @@ def basis_arrays(bases: dict[str, Basis]) -> dict[str, Array]:
 
 def peak_normalised(filters: Array) -> Array:
     """Filters (n, d) each divided by its largest absolute weight; those of zeros stay."""
-    largest = np.abs(filters).max(axis=1, keepdims=True)
-    return filters / np.where(largest == 0, 1.0, largest)
+    largest = peaks(filters)
+    return filters / np.where(largest == 0, 1.0, largest)[:, None]
 
 
 @dataclass(frozen=True)
@@ -164,18 +165,21 @@ class CoefficientCounts:
 
     def update(self, filters: Filters) -> NDArray[np.int64]:
         """Count raw or folded filters, which are peak-normalised here; returns their own counts (d, bins)."""
-        low, high = self.bins.low, self.bins.high
         fine = np.zeros_like(self.fine)
         for chunk in chunks(filters):
-            found = self.basis.coefficients(peak_normalised(chunk)).clip(low, high)
-            for component, values in enumerate(np.ascontiguousarray(found.T)):
-                fine[component] += np.histogram(values, fine.shape[1], (low, high))[0]
-            cells = ((found[:, :2] - low) * (GRID / (high - low))).astype(np.int64).clip(max=GRID - 1)
-            first, second = cells[:, 0], cells[:, -1]
-            self.density += np.bincount(first * GRID + second, minlength=GRID**2).reshape(GRID, GRID)
+            found = self.basis.coefficients(peak_normalised(chunk)).T  # (d, n)
+            for component, cells in enumerate(self._cells(found, fine.shape[1])):
+                fine[component] += np.bincount(cells, minlength=fine.shape[1])
+            pair = self._cells(found[:2], GRID)
+            np.add.at(self.density.reshape(-1), pair[0] * GRID + pair[-1], 1)
         self.fine += fine
         counts: NDArray[np.int64] = fine.reshape(len(fine), self.bins.count, FINE).sum(axis=2)
         return counts
+
+    def _cells(self, coefficients: Array, count: int) -> NDArray[np.int64]:
+        """Which of `count` cells over the bins' range each coefficient falls into; outside of it, the outermost."""
+        low, high = self.bins.low, self.bins.high
+        return ((coefficients - low) * (count / (high - low))).clip(0, count - 1).astype(np.int64)
 
     def merge(self, other: "CoefficientCounts") -> None:
         """Add what another one of the same basis and bins has counted."""

@@ -187,7 +187,9 @@ def entropy_threshold(count: int, dimension: int = 9) -> float | None:
 def peaks(filters: Filters) -> Array:
     """Largest absolute weight of each filter (n,), float64."""
     flat = as_rows(filters)
-    found: Array = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
+    found = np.empty(len(flat))
+    for start in range(0, len(flat), CHUNK):  # in columns, which are long
+        found[start : start + CHUNK] = np.abs(flat[start : start + CHUNK].T, order="C").max(axis=0)
     return found
 
 

@@ -5,12 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from convscope.analysis.common import load_models, one_or_all
-from convscope.analysis.conv_layers import ConvLayers, conv_layers
+from convscope.analysis.conv_layers import ConvLayers, Layers, conv_layers
+from convscope.analysis.filter_db import FilterDatabase, open_filter_db
+from convscope.analysis.filter_db_layers import database_record, stored_layers
 from convscope.analysis.filter_drift import Basis, load_basis
 from convscope.analysis.filters import (
     Comparison,
@@ -34,7 +36,11 @@ class FiltersCommand(FiltersConfig):
     """Convolution filters: how many are used, how much they differ, and how far models lie apart."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """One or more MODELs."""
+    """One or more MODELs; none with --db."""
+    db: Path | None = None
+    """Database of filters (export filter-db, or CNN Filter DB's) in the place of MODELs; it may exceed memory."""
+    by: str | None = None
+    """Column of the database's table whose values are compared, such as Task or model."""
     size: str = "auto"
     """Kernel size of the plots and summary, such as 3x3; auto: the one that most layers have, 1x1 aside."""
     fold_bn: bool = False
@@ -58,19 +64,25 @@ class FiltersCommand(FiltersConfig):
         super().__post_init__()
         if self.size != "auto" and not re.fullmatch(r"\d+x\d+", self.size):
             raise UserError(f"filters: --size is auto or such as 3x3, got {self.size!r}")
+        if self.by is not None and self.db is None:
+            raise UserError("filters: --by names a column of a database; add --db FILE.h5")
+        if self.db is not None and (self.models or self.untrained or self.fold_bn):
+            raise UserError("filters: --db takes no MODELs, --untrained or --fold-bn; export filter-db adds them to it")
 
 
 def run(config: FiltersCommand) -> None:
     """Load the models, measure, write the files and print the summary."""
+    if config.db is not None:
+        with open_filter_db(config.db) as database:
+            _finish(evaluate_db(database, config), config)
+        return
     backbones = load_models(
         _moments(config.models) if config.trajectory else config.models,
         arch=config.arch,
         allow_partial=config.allow_partial,
         untrained_seed=config.seed if config.untrained else None,
     )
-    result = evaluate(backbones, config)
-    print(summary(result))
-    info(f"filters: wrote {config.output_dir}/filters.json, .npz, .csv and plots (filters-*.png, .svg)")
+    _finish(evaluate(backbones, config), config)
 
 
 def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalResult:
@@ -80,6 +92,25 @@ def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalR
         UserError: a model without convolutions larger than 1x1 or with weights that are not finite; no such size.
     """
     networks = {label: _layers(label, backbone, config) for label, backbone in backbones.items()}
+    records = {label: model_record(backbone) for label, backbone in backbones.items()}
+    weights = "BatchNorm folded" if config.fold_bn else "as stored"
+    return _measure(networks, one_or_all(records, {"source": ", ".join(records)}), {"weights": weights}, config)
+
+
+def evaluate_db(database: FilterDatabase, config: FiltersCommand) -> EvalResult:
+    """The same for the layers of a database, one layer at a time, grouped by the column `config.by`.
+
+    Raises:
+        UserError: a layer that is not finite; no such column or size; a damaged file.
+    """
+    networks = stored_layers(database, config.by)
+    data = {"database": str(database.path), "by": config.by, "weights": "as in the database"}
+    return _measure(networks, database_record(database), data, config)
+
+
+def _measure(
+    networks: Mapping[str, Layers], model: Mapping[str, Any], data: Mapping[str, Any], config: FiltersCommand
+) -> EvalResult:
     statistics: dict[str, list[LayerStatistics]] = {}
     for label, layers in networks.items():
         with progress(f"filters {label}", len(layers)) as ticker:
@@ -90,12 +121,11 @@ def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalR
     size = main_size(statistics, config.size)
     comparisons = _comparisons(networks, statistics, size, config)
     report = FiltersReport(config, size, networks, statistics, comparisons, config.trajectory)
-    records = {label: model_record(backbone) for label, backbone in backbones.items()}
     result = EvalResult(
         task="filters",
         protocol="filter-db/1" if config.compat == "filter-db" else "filters/1",
-        model=one_or_all(records, {"source": ", ".join(records)}),
-        data={"size": size, "weights": "BatchNorm folded" if config.fold_bn else "as stored"},
+        model=model,
+        data={"size": size, **data},
         preprocessing={},
         figures=figures(report),
         details=details(report),
@@ -103,6 +133,11 @@ def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalR
     )
     write(config.output_dir, result, report)
     return result
+
+
+def _finish(result: EvalResult, config: FiltersCommand) -> None:
+    print(summary(result))
+    info(f"filters: wrote {config.output_dir}/filters.json, .npz, .csv and plots (filters-*.png, .svg)")
 
 
 def main_size(statistics: Mapping[str, list[LayerStatistics]], wanted: str) -> str:
@@ -136,7 +171,7 @@ def _layers(label: str, backbone: Backbone, config: FiltersCommand) -> ConvLayer
 
 
 def _comparisons(
-    networks: Mapping[str, ConvLayers],
+    networks: Mapping[str, Layers],
     statistics: Mapping[str, list[LayerStatistics]],
     size: str,
     config: FiltersCommand,
