@@ -61,6 +61,11 @@ class StoredLayers:
     def __len__(self) -> int:
         return len(self.layers)
 
+    def without(self, names: Sequence[str]) -> "StoredLayers":
+        """The others."""
+        others = tuple(layer for layer in self.layers if layer.name not in names)
+        return dataclasses.replace(self, layers=others, unreached=tuple(names))
+
     @property
     def folded(self) -> tuple[str, ...]:
         """Names of the layers that a BatchNorm is folded into."""

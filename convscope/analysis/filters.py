@@ -69,6 +69,10 @@ class FiltersConfig:
             raise UserError(f"filters: seed must be at least 0, got {self.seed}")
 
 
+class NotFiniteError(UserError):
+    """A layer that nothing can be said of."""
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """The figures of one layer."""
@@ -99,14 +103,14 @@ def layer_statistics(layer: Layer, config: FiltersConfig) -> LayerStatistics:
     """Measure a layer.
 
     Raises:
-        UserError: weights that are not finite.
+        NotFiniteError: weights that are not finite.
     """
     weight = layer.weight  # once: it may be on disk
     filters = as_rows(weight)
     dimension = filters.shape[1]
     raw, normalised, peak = filter_moments(filters)
     if not np.isfinite(peak).all():
-        raise UserError(f"filters: the weights of {layer.name} are not finite; the training may have diverged")
+        raise NotFiniteError(f"filters: the weights of {layer.name} are not finite; the training may have diverged")
     sparsity = sparsity_of(peak, config.sparse_ratio)
     judged = normalised if config.normalise else raw
     return LayerStatistics(

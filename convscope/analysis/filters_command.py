@@ -18,6 +18,7 @@ from convscope.analysis.filters import (
     Comparison,
     FiltersConfig,
     LayerStatistics,
+    NotFiniteError,
     compare,
     layer_statistics,
     pooled_basis,
@@ -74,7 +75,7 @@ def run(config: FiltersCommand) -> None:
     """Load the models, measure, write the files and print the summary."""
     if config.db is not None:
         with open_filter_db(config.db) as database:
-            _finish(evaluate_db(database, config), config)
+            _tell(evaluate_db(database, config), config)
         return
     backbones = load_models(
         _moments(config.models) if config.trajectory else config.models,
@@ -82,7 +83,7 @@ def run(config: FiltersCommand) -> None:
         allow_partial=config.allow_partial,
         untrained_seed=config.seed if config.untrained else None,
     )
-    _finish(evaluate(backbones, config), config)
+    _tell(evaluate(backbones, config), config)
 
 
 def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalResult:
@@ -94,7 +95,9 @@ def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalR
     networks = {label: _layers(label, backbone, config) for label, backbone in backbones.items()}
     records = {label: model_record(backbone) for label, backbone in backbones.items()}
     weights = "BatchNorm folded" if config.fold_bn else "as stored"
-    return _measure(networks, one_or_all(records, {"source": ", ".join(records)}), {"weights": weights}, config)
+    statistics = {label: _statistics(label, layers, config) for label, layers in networks.items()}
+    model = one_or_all(records, {"source": ", ".join(records)})
+    return _finish(networks, statistics, model, {"weights": weights}, config)
 
 
 def evaluate_db(database: FilterDatabase, config: FiltersCommand) -> EvalResult:
@@ -104,20 +107,41 @@ def evaluate_db(database: FilterDatabase, config: FiltersCommand) -> EvalResult:
         UserError: a layer that is not finite; no such column or size; a damaged file.
     """
     networks = stored_layers(database, config.by)
-    data = {"database": str(database.path), "by": config.by, "weights": "as in the database"}
-    return _measure(networks, database_record(database), data, config)
-
-
-def _measure(
-    networks: Mapping[str, Layers], model: Mapping[str, Any], data: Mapping[str, Any], config: FiltersCommand
-) -> EvalResult:
     statistics: dict[str, list[LayerStatistics]] = {}
     for label, layers in networks.items():
-        with progress(f"filters {label}", len(layers)) as ticker:
-            statistics[label] = []
-            for layer in layers:
-                statistics[label].append(layer_statistics(layer, config))
-                ticker.advance()
+        unfit: list[str] = []
+        statistics[label] = _statistics(label, layers, config, unfit)
+        if unfit:
+            info(f"note: {label}: the weights of {', '.join(unfit)} are not finite; left out")
+            networks[label] = layers.without(unfit)
+    data = {"database": str(database.path), "by": config.by, "weights": "as in the database"}
+    return _finish(networks, statistics, database_record(database), data, config)
+
+
+def _statistics(
+    label: str, layers: Layers, config: FiltersCommand, unfit: list[str] | None = None
+) -> list[LayerStatistics]:
+    """Measure every layer; the names of those that are not finite go into `unfit`, where it is given."""
+    found: list[LayerStatistics] = []
+    with progress(f"filters {label}", len(layers)) as ticker:
+        for layer in layers:
+            try:
+                found.append(layer_statistics(layer, config))
+            except NotFiniteError:
+                if unfit is None:
+                    raise
+                unfit.append(layer.name)
+            ticker.advance()
+    return found
+
+
+def _finish(
+    networks: Mapping[str, Layers],
+    statistics: Mapping[str, list[LayerStatistics]],
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    config: FiltersCommand,
+) -> EvalResult:
     size = main_size(statistics, config.size)
     comparisons = _comparisons(networks, statistics, size, config)
     report = FiltersReport(config, size, networks, statistics, comparisons, config.trajectory)
@@ -135,7 +159,7 @@ def _measure(
     return result
 
 
-def _finish(result: EvalResult, config: FiltersCommand) -> None:
+def _tell(result: EvalResult, config: FiltersCommand) -> None:
     print(summary(result))
     info(f"filters: wrote {config.output_dir}/filters.json, .npz, .csv and plots (filters-*.png, .svg)")
 
