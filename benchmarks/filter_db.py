@@ -4,7 +4,8 @@
 
 Each row runs in a process of its own, on one thread. `statistics` is what a layer is judged by (variance entropy, raw
 and normalised, sparsity, the moments of the eigenfilters), `orthogonality` that of its channels, `coefficients` the
-histograms of the drift; `svd` is what the published notebook does: all filters in memory, scaled, scikit-learn's PCA.
+histograms of the drift, `merging` copies all into a new database; `svd` is what the published notebook does: all
+filters in memory, scaled, scikit-learn's PCA.
 """
 
 import argparse
@@ -20,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 LAYERS = [(64, 64)] * 4 + [(128, 128)] * 4 + [(256, 256)] * 4 + [(512, 512)] * 3  # ResNet-18's: 1.1 million filters
-TASKS = ("reading", "statistics", "orthogonality", "coefficients", "svd")
+TASKS = ("reading", "statistics", "orthogonality", "coefficients", "merging", "svd")
 
 
 def make(path: Path, millions: float, compression: str) -> None:
@@ -55,6 +56,7 @@ def measure(task: str, path: Path) -> tuple[int, float]:
     import h5py
 
     from convscope.analysis.filter_db import chunks_of, open_filter_db
+    from convscope.analysis.filter_db_command import FilterDbCommand, run
     from convscope.analysis.filter_db_layers import stored_layers
     from convscope.analysis.filter_drift import CoefficientCounts, basis_of, default_bins
     from convscope.analysis.filter_statistics import FilterMoments, orthogonality, sparsity_of
@@ -69,8 +71,17 @@ def measure(task: str, path: Path) -> tuple[int, float]:
         peak = np.abs(filters).max(axis=1)
         PCA(n_components=9, svd_solver="full").fit_transform(filters / np.where(peak == 0, 1, peak)[:, None])
         return len(filters), time.process_time() - start
+    if task == "merging":
+        target = path.with_name("merged.h5")
+        start = time.process_time()
+        run(FilterDbCommand(models=(str(path),), output=target))
+        seconds = time.process_time() - start
+        for made in (target, target.with_suffix(".parquet")):
+            made.unlink()
     with open_filter_db(path) as database:
         table = database.tables["3x3"]
+        if task == "merging":
+            return table.count, seconds
         layers = next(iter(stored_layers(database).values()))
         moments = FilterMoments(9)
         moments.update(database.read("3x3", 0, 4096))
@@ -117,7 +128,8 @@ def main() -> None:
         print("| task | million filters | CPU seconds | million filters/s | peak memory (MB) |\n|---|---|---|---|---|")
         for task in TASKS:
             words = [sys.executable, __file__, "--task", task, "--file", str(path)]
-            print(subprocess.run(words, check=True, capture_output=True, text=True).stdout, end="", flush=True)
+            lines = subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
+            print(lines[-1], flush=True)
 
 
 if __name__ == "__main__":

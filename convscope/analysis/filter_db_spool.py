@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from convscope import __version__
 from convscope.analysis.filter_db import FilterTable
 from convscope.analysis.filter_db_rows import ModelFilters, Row, model_key
 from convscope.core.errors import UserError
@@ -40,7 +41,7 @@ class Spool:
 
     def __init__(self, folder: Path, dtype: Any, settings: Mapping[str, Any]) -> None:
         self.folder, self.dtype = folder, np.dtype(dtype)
-        self._head = {"version": 1, "dtype": self.dtype.name, **settings}
+        self._head = {"convscope": __version__, "dtype": self.dtype.name, **settings}
         self._models: list[dict[str, Any]] = []
         self._begun = False
         lines = whole_lines(self._journal)

@@ -134,6 +134,16 @@ def test_other_kernels_have_their_own_tables(database: Path) -> None:
         assert "filters_1x1" not in file
 
 
+def test_chosen_kernels(tmp_path: Path) -> None:
+    path = export(tmp_path / "f.h5", RESNET, sizes=("1x1",))
+    filters, meta = as_the_notebook(path, "meta_1x1", "filters_1x1")
+    convs = [part for part in load_backbone(RESNET).model.modules() if isinstance(part, nn.Conv2d)]
+    assert len(filters) == sum(conv.weight.numel() for conv in convs if conv.kernel_size == (1, 1)) > 0
+    assert set(meta["kernel_size"]) == {"1x1"}
+    with h5py.File(path) as file:
+        assert set(file) == {"filters", "filters_1x1", "meta_1x1"}
+
+
 def test_only_a_vit(tmp_path: Path) -> None:
     path = export(tmp_path / "vit.h5", VIT)
     with h5py.File(path) as file:
