@@ -23,6 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from convscope.core.errors import UserError
+from convscope.core.plain_pickle import code_in_pickle
 
 Array = NDArray[Any]
 INDEX = ["model_id", "conv_depth", "conv_depth_norm", "layer_id"]
@@ -106,10 +107,9 @@ def chunks_of(source: FilterSource, size: str, start: int, stop: int) -> Iterato
 def open_filter_db(path: Path) -> Iterator[FilterDatabase]:
     """Open a database for reading; the tables are in memory, the filters are not.
 
-    Only open files that you trust: pandas unpickles what it finds in `/meta`.
-
     Raises:
-        UserError: no such file, damaged, no database of filters, or one whose table and filters do not fit.
+        UserError: no such file, damaged, no database of filters, one whose table and filters do not fit, or one that
+            holds pickles of more than plain data, which reading the table would run.
     """
     if not path.is_file():
         raise UserError(f"no filter database {path}")
@@ -124,6 +124,7 @@ def open_filter_db(path: Path) -> Iterator[FilterDatabase]:
             raise UserError(f"{path} is no filter database: it has no /filters, but {names}")
         shapes = {size: (file[name].shape, file[name].dtype) for size, name in datasets.items()}
         csv = {size: _csv(file, meta_name(size)) for size in datasets}
+        _refuse_code(path, file)
     tables = {}
     for size, (shape, dtype) in shapes.items():
         meta = _meta(path, size, csv[size], shape[0])
@@ -167,6 +168,20 @@ def _datasets(path: Path, file: Any) -> dict[str, str]:
             raise UserError(f"{path}: /{name} holds {file[name].dtype} {shape}, not filters of {height}x{width}")
         found[f"{height}x{width}"] = name
     return found
+
+
+def _refuse_code(path: Path, file: Any) -> None:
+    """Look through all that PyTables unpickles when pandas reads a table: attributes, and arrays of objects."""
+
+    def look(name: str, node: Any) -> None:
+        pickles = [bytes(value) for value in node.attrs.values() if isinstance(value, np.bytes_)]
+        if isinstance(node, h5py.Dataset) and h5py.check_vlen_dtype(node.dtype) is not None:
+            pickles += [np.asarray(row).tobytes() for row in node]
+        for code in filter(None, map(code_in_pickle, pickles)):
+            raise UserError(f"{path} is refused: /{name} names {code}, which is no plain data and could run code")
+
+    look("", file)
+    file.visititems(look)
 
 
 def _csv(file: Any, name: str) -> bytes | None:

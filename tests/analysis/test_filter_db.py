@@ -2,10 +2,12 @@
 
 import fcntl
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -334,6 +336,49 @@ def test_refusals(tmp_path: Path, database: Path) -> None:
     refused("no whole HDF5 file", RESNET, output=tmp_path / "cut.h5")
     (tmp_path / "text.h5").write_text("no HDF5")
     refused("no whole HDF5 file", tmp_path / "text.h5")
+
+
+class Touch:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["/", "/meta", "/meta/table"])
+def test_pickled_code_in_an_attribute_is_refused(tmp_path: Path, place: str) -> None:
+    path = published(tmp_path / "f.h5", np.ones((4, 3, 3)), models=1)
+    for number, data in enumerate((Touch(tmp_path / "ran"), ["plain", Touch(tmp_path / "ran")])):
+        with h5py.File(path, "a") as file:
+            file[place].attrs["note"] = np.bytes_(pickle.dumps(data, protocol=4 * number))
+        with pytest.raises(UserError, match=r"refused: .* names .*mkdir"), open_filter_db(path):
+            pass
+    assert not (tmp_path / "ran").exists()
+    with h5py.File(path, "a") as file:
+        file[place].attrs["note"] = np.bytes_("c is the first letter of this text, which is no pickle.")
+    with open_filter_db(path) as database:
+        assert database.tables["3x3"].count == 4
+
+
+def test_pickled_code_in_a_column_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    with h5py.File(path, "w") as file:
+        file["filters"] = np.ones((4, 3, 3))
+    table = pd.DataFrame({"model_id": [0], "filter_ids": ["0:3"], "Task": [None], "x": [[1.5, "mixed"]]}, dtype=object)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table.to_hdf(path, key="meta", mode="a", format="fixed")  # objects, which pandas pickles
+    with open_filter_db(path) as database:
+        assert database.tables["3x3"].meta["x"].tolist() == [[1.5, "mixed"]]
+    with h5py.File(path, "a") as file:
+        (name,) = [name for name, node in file["meta"].items() if h5py.check_vlen_dtype(node.dtype) is not None]
+        file["meta"][name][0] = np.frombuffer(pickle.dumps(Touch(tmp_path / "ran")), np.uint8)
+    with pytest.raises(UserError, match=r"refused: .* names .*mkdir"), open_filter_db(path):
+        pass
+    assert not (tmp_path / "ran").exists()
 
 
 def test_damaged_filters_are_not_merged(tmp_path: Path, database: Path) -> None:
