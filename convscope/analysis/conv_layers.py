@@ -6,7 +6,6 @@ records it, which follows any control flow.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from convscope.core.backbone import Backbone
+from convscope.core.backbone import Backbone, eval_mode
 from convscope.core.conv_bn_pairs import conv_bn_pairs, small_images
 
 DepthFrom = Literal["graph", "execution order", "definition order"]
@@ -138,7 +137,7 @@ def _path_lengths(backbone: Backbone, convs: Mapping[str, nn.Conv2d]) -> tuple[D
     image = small_images(backbone)[:1].requires_grad_()
     hooks = [conv.register_forward_hook(record) for conv in convs.values()]
     try:
-        with _evaluating(backbone), torch.enable_grad():
+        with eval_mode(backbone), torch.enable_grad():
             features = backbone(image.clone())  # a copy, because a network may change its input in place
     except (RuntimeError, AssertionError, ValueError):  # a size that the network does not take
         return "definition order", {name: index for index, name in enumerate(convs)}, len(convs)
@@ -179,13 +178,3 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
     return weight
-
-
-@contextmanager
-def _evaluating(backbone: Backbone) -> Iterator[None]:
-    training = backbone.training
-    backbone.eval()
-    try:
-        yield
-    finally:
-        backbone.train(training)

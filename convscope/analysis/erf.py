@@ -6,17 +6,16 @@ and log10(A + 1) makes it depend on the gradient's scale.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from convscope.analysis.token_grid import token_grid
-from convscope.core.backbone import Backbone
+from convscope.core.backbone import Backbone, eval_mode
 from convscope.core.errors import UserError
 from convscope.core.results import Figure, bootstrap
 
@@ -79,7 +78,7 @@ def erf(backbone: Backbone, images: Iterable[Tensor], config: ErfConfig) -> ErfR
     """
     total: Array | None = None
     profiles: list[Array] = []
-    with _eval_mode(backbone):
+    with eval_mode(backbone):
         for batch in images:
             if total is None:
                 grid = token_grid(backbone, batch[:1], config.stage)
@@ -229,15 +228,3 @@ def _sigma(contributions: Array, centre: tuple[float, float]) -> tuple[float, fl
     rows, columns = np.arange(contributions.shape[0]) - centre[0], np.arange(contributions.shape[1]) - centre[1]
     along_y = contributions.sum(axis=1) @ rows**2 / total
     return float(np.sqrt(along_y)), float(np.sqrt(contributions.sum(axis=0) @ columns**2 / total))
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own flag back afterwards."""
-    flags = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in flags.items():
-            part.training = training

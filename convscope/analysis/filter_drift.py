@@ -10,6 +10,7 @@ so that histograms of later checkpoints or of a stream have the same bins, and e
 
 import hashlib
 import math
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def load_basis(path: Path) -> dict[str, Basis]:
                 )
                 for size in sizes
             }
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no basis; give the filters.npz of an earlier analysis") from error
     if not found:
         raise UserError(f"{path} holds no basis; give the filters.npz of an earlier analysis")

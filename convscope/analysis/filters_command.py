@@ -43,7 +43,8 @@ class FiltersCommand(FiltersConfig):
     by: str | None = None
     """Column of the database's table whose values are compared, such as Task or model."""
     size: str = "auto"
-    """Kernel size of the plots and summary, such as 3x3; auto: the one that most layers have, 1x1 aside."""
+    """Kernel size of the plots and summary, such as 3x3; auto: the one that most models and layers have,
+    1x1 aside."""
     fold_bn: bool = False
     """Scale the weights by the BatchNorm that follows them, as exporters do."""
     trajectory: bool = False
@@ -75,36 +76,32 @@ def run(config: FiltersCommand) -> None:
     """Load the models, measure, write the files and print the summary."""
     if config.db is not None:
         with open_filter_db(config.db) as database:
-            _tell(evaluate_db(database, config), config)
-        return
-    backbones = load_models(
-        _moments(config.models) if config.trajectory else config.models,
-        arch=config.arch,
-        allow_partial=config.allow_partial,
-        untrained_seed=config.seed if config.untrained else None,
-    )
-    _tell(evaluate(backbones, config), config)
+            result = evaluate_db(database, config)
+    else:
+        backbones = load_models(
+            _moments(config.models) if config.trajectory else config.models,
+            arch=config.arch,
+            allow_partial=config.allow_partial,
+            untrained_seed=config.seed if config.untrained else None,
+        )
+        result = evaluate(backbones, config)
+    print(summary(result))
+    info(f"filters: wrote {config.output_dir}/filters.json, .npz, .csv and plots (filters-*.png, .svg)")
 
 
 def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalResult:
-    """Measure labelled backbones, write the files, and return the result.
-
-    Raises:
-        UserError: a model without convolutions larger than 1x1 or with weights that are not finite; no such size.
-    """
-    networks = {label: _layers(label, backbone, config) for label, backbone in backbones.items()}
+    """Measure labelled backbones, write the files, and return the result."""
     records = {label: model_record(backbone) for label, backbone in backbones.items()}
     weights = "BatchNorm folded" if config.fold_bn else "as stored"
-    statistics = {label: _statistics(label, layers, config) for label, layers in networks.items()}
     model = one_or_all(records, {"source": ", ".join(records)})
-    return _finish(networks, statistics, model, {"weights": weights}, config)
+    return _written(measure(backbones, config), model, {"weights": weights}, config)
 
 
 def evaluate_db(database: FilterDatabase, config: FiltersCommand) -> EvalResult:
-    """The same for the layers of a database, one layer at a time, grouped by the column `config.by`.
+    """The same for the layers of a database, read one at a time and grouped by the column `config.by`.
 
     Raises:
-        UserError: a layer that is not finite; no such column or size; a damaged file.
+        UserError: no such column or size; a damaged file.
     """
     networks = stored_layers(database, config.by)
     statistics: dict[str, list[LayerStatistics]] = {}
@@ -115,7 +112,18 @@ def evaluate_db(database: FilterDatabase, config: FiltersCommand) -> EvalResult:
             info(f"note: {label}: the weights of {', '.join(unfit)} are not finite; left out")
             networks[label] = layers.without(unfit)
     data = {"database": str(database.path), "by": config.by, "weights": "as in the database"}
-    return _finish(networks, statistics, database_record(database), data, config)
+    return _written(_compared(networks, statistics, config), database_record(database), data, config)
+
+
+def measure(backbones: Mapping[str, Backbone], config: FiltersCommand) -> FiltersReport:
+    """Measure labelled backbones.
+
+    Raises:
+        UserError: a model without convolutions larger than 1x1 or with weights that are not finite; no such size.
+    """
+    networks = {label: _layers(label, backbone, config) for label, backbone in backbones.items()}
+    statistics = {label: _statistics(label, layers, config) for label, layers in networks.items()}
+    return _compared(networks, statistics, config)
 
 
 def _statistics(
@@ -135,21 +143,22 @@ def _statistics(
     return found
 
 
-def _finish(
-    networks: Mapping[str, Layers],
-    statistics: Mapping[str, list[LayerStatistics]],
-    model: Mapping[str, Any],
-    data: Mapping[str, Any],
-    config: FiltersCommand,
-) -> EvalResult:
+def _compared(
+    networks: Mapping[str, Layers], statistics: Mapping[str, list[LayerStatistics]], config: FiltersCommand
+) -> FiltersReport:
     size = main_size(statistics, config.size)
     comparisons = _comparisons(networks, statistics, size, config)
-    report = FiltersReport(config, size, networks, statistics, comparisons, config.trajectory)
+    return FiltersReport(config, size, networks, statistics, comparisons, config.trajectory)
+
+
+def _written(
+    report: FiltersReport, model: Mapping[str, Any], data: Mapping[str, Any], config: FiltersCommand
+) -> EvalResult:
     result = EvalResult(
         task="filters",
         protocol="filter-db/1" if config.compat == "filter-db" else "filters/1",
         model=model,
-        data={"size": size, **data},
+        data={"size": report.size, **data},
         preprocessing={},
         figures=figures(report),
         details=details(report),
@@ -159,26 +168,23 @@ def _finish(
     return result
 
 
-def _tell(result: EvalResult, config: FiltersCommand) -> None:
-    print(summary(result))
-    info(f"filters: wrote {config.output_dir}/filters.json, .npz, .csv and plots (filters-*.png, .svg)")
-
-
 def main_size(statistics: Mapping[str, list[LayerStatistics]], wanted: str) -> str:
-    """The kernel size that most layers of all models have, 1x1 aside, or the wanted one.
+    """The kernel size that most models have, of those the one of most layers, 1x1 aside; or the wanted one.
 
     Raises:
         UserError: there is none, or not the wanted one.
     """
-    totals = Counter(layer.size for layers in statistics.values() for layer in layers)
-    del totals["1x1"]
-    if not totals:
-        raise UserError(
-            f"filters: {', '.join(statistics)} has no convolution larger than 1x1; there is nothing to compare"
-        )
-    if wanted != "auto" and wanted not in totals:
-        raise UserError(f"filters: no {wanted} filters; there are {', '.join(sorted(totals))} (1x1 has no pattern)")
-    return totals.most_common(1)[0][0] if wanted == "auto" else wanted
+    layers = Counter(layer.size for one in statistics.values() for layer in one)
+    models = Counter(size for one in statistics.values() for size in {layer.size for layer in one})
+    known = sorted(set(layers) - {"1x1"})
+    if not known:
+        raise UserError(f"filters: {', '.join(statistics)}: no convolution larger than 1x1, so no filters to compare")
+    if wanted not in ("auto", *known):
+        raise UserError(f"filters: no {wanted} filters; there are {', '.join(known)} (1x1 has no pattern)")
+    size = max(known, key=lambda each: (models[each], layers[each])) if wanted == "auto" else wanted
+    if without := [label for label, one in statistics.items() if all(layer.size != size for layer in one)]:
+        info(f"filters: no {size} filters in {', '.join(without)}; they are in filters.csv only")
+    return size
 
 
 def _layers(label: str, backbone: Backbone, config: FiltersCommand) -> ConvLayers:

@@ -88,9 +88,8 @@ def _pictures(report: FiltersReport) -> Iterator[tuple[str, Picture]]:
     yield "eigenfilters", draw_eigenfilters(rows)
     span = (main.bins.low, main.bins.high)
     yield "coefficients", draw_ridges(_ridges(report), span, ordered=len(labels) == 1 or report.trajectory)
-    if main.basis.dimension > 1:
-        panels = [DensityPanel(label, main.distributions[label].total.density) for label in labels]
-        yield "density", draw_densities(panels, span)
+    panels = [DensityPanel(label, main.distributions[label].total.density) for label in labels]
+    yield "density", draw_densities(panels, span)
     between = main.drifts()
     upper = np.triu_indices(len(labels), 1)
     depths = {label: main.depth_drifts(label) for label in labels}

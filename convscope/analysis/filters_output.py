@@ -196,7 +196,7 @@ def summary(result: EvalResult) -> str:
         for first, second in result.details["pairs"]:
             drifts = [result.figures[f"{name}: {first} | {second}"] for name in ("drift", "layer-balanced drift")]
             lines.append((first, second, *map(_cell, drifts)))
-        text += ["", *_aligned(lines)]
+        text += ["", *_aligned(lines), f"in the basis {result.details['bases'][size]['hash']} (filters.npz)"]
     return "\n".join(text)
 
 

@@ -3,7 +3,8 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,6 +177,18 @@ def create_backbone(
     source = f"timm:{arch}" if pretrained else f"timm:{arch}@random" + (f"={seed}" if seed else "")
     preprocessing = preprocessing_of(model, arguments)
     return Backbone(model, arch=arch, model_args=arguments, preprocessing=preprocessing, source=source)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every submodule's own flag back afterwards."""
+    flags = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags.items():
+            part.training = training
 
 
 def preprocessing_of(model: nn.Module, model_args: ModelArgs | None = None) -> Preprocessing:

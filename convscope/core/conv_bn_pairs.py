@@ -6,7 +6,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from convscope.core.backbone import Backbone
+from convscope.core.backbone import Backbone, eval_mode
 
 SIDE = 64  # pixels; enough for most networks, and quick
 
@@ -53,7 +53,7 @@ def small_images(backbone: Backbone) -> Tensor:
     small = _waves(backbone, (SIDE, SIDE))
     try:
         features_of(backbone, small[:1])
-    except RuntimeError:  # a kernel that is larger than its map
+    except (RuntimeError, AssertionError, ValueError):  # a size that it refuses, or a kernel larger than its map
         return _waves(backbone, full)
     return small
 
@@ -66,8 +66,7 @@ def _waves(backbone: Backbone, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def features_of(backbone: Backbone, images: Tensor) -> Tensor:
-    """Features in eval mode, the mode as it was afterwards."""
-    training = backbone.training
-    features: Tensor = backbone.eval()(images)
-    backbone.train(training)
+    """Features (B, num_features) in eval mode."""
+    with eval_mode(backbone):
+        features: Tensor = backbone(images)
     return features
