@@ -1,6 +1,7 @@
 """`analyze filters --db`: what it says of a database is what is said of the models in it."""
 
 import csv
+from operator import itemgetter
 from pathlib import Path
 
 import h5py
@@ -11,8 +12,10 @@ from convscope.analysis.filter_db import open_filter_db
 from convscope.analysis.filter_db_command import FilterDbCommand
 from convscope.analysis.filter_db_command import run as export
 from convscope.analysis.filter_db_layers import stored_layers
-from convscope.analysis.filters_command import FiltersCommand, run
+from convscope.analysis.filters_command import FiltersCommand, measure, run
+from convscope.analysis.filters_output import details, figures
 from convscope.core.errors import UserError
+from convscope.core.models import load_backbone
 from convscope.core.results import load_result
 from tests.analysis.test_filter_db import published
 
@@ -34,18 +37,17 @@ def analyze(folder: Path, *models: str, **settings):
 
 
 def test_same_as_of_the_models(tmp_path: Path, database: Path) -> None:
-    ours, rows = analyze(tmp_path / "db", db=database, by="model")
-    theirs, expected = analyze(tmp_path / "models", RESNET, EFFICIENTNET, size="3x3")
-    key = ("model", "layer")
-    expected = sorted((row for row in expected if row["size"] != "1x1"), key=lambda row: [row[name] for name in key])
-    assert sorted(rows, key=lambda row: [row[name] for name in key]) == expected
-    names = [name for name in theirs.figures if not name.startswith(("drift", "layer-balanced"))]
-    assert [ours.figures[name] for name in names] == [theirs.figures[name] for name in names]
-    drifts = [
-        next(figure.value for name, figure in result.figures.items() if name.startswith("drift"))
-        for result in (ours, theirs)
-    ]
-    assert drifts[0] == pytest.approx(drifts[1], rel=1e-9)
+    ours, rows = analyze(tmp_path, db=database, by="model")
+    config = FiltersCommand(models=(), size="3x3")
+    report = measure({source: load_backbone(source) for source in (EFFICIENTNET, RESNET)}, config)
+    for label, model in details(report)["models"].items():
+        expected = [layer for layer in model["layers"] if layer["size"] != "1x1"]
+        found = ours.details["models"][label]["layers"]
+        assert sorted(found, key=itemgetter("size", "layer")) == sorted(expected, key=itemgetter("size", "layer"))
+    theirs = figures(report)
+    assert ours.figures.keys() == theirs.keys()
+    for name, figure in theirs.items():
+        assert ours.figures[name].value == pytest.approx(figure.value, rel=1e-9)
     assert ours.model["models"] == 2
     assert ours.model["filters"]["3x3"] == sum(int(row["filters"]) for row in rows if row["size"] == "3x3")
 
