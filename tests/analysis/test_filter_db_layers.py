@@ -17,9 +17,7 @@ from convscope.analysis.filters_output import details, figures
 from convscope.core.errors import UserError
 from convscope.core.models import load_backbone
 from convscope.core.results import load_result
-from tests.analysis.test_filter_db import published
-
-RESNET, EFFICIENTNET = "timm:test_resnet@random", "timm:test_efficientnet@random"
+from tests.analysis.filter_databases import EFFICIENTNET, RESNET, published
 
 
 @pytest.fixture(scope="module")
