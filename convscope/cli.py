@@ -107,6 +107,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("export", "open-clip"): Command(
         "convscope.core.export", "ExportOpenClip", "an image-text model as open_clip loads it", run="run_open_clip"
     ),
+    ("export", "filter-db"): Command(
+        "convscope.analysis.filter_db_command", "FilterDbCommand", "convolution filters as a database (CNN Filter DB)"
+    ),
     ("slurm", "status"): Command(
         "convscope.slurm.commands", "RunCommand", "state, progress and speed of a submitted run", run="run_status"
     ),
