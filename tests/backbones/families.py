@@ -74,7 +74,7 @@ FAMILIES = {
         variants={"replknet31b": Variant(arch="replknet_31b")},
         computed="replknet31b",
         truncation=Truncation(
-            arguments={"depths": (2, 2), "dims": (128, 256), "num_classes": 0},
+            arguments={"depths": (2, 2), "dims": (128, 256)},
             left_out=r"^(stages\.[23]|transitions\.[12]|norm|head)\.",
             whole=(
                 "stem.0",
