@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from convscope.backbones.staged import StagedNetwork
+from convscope.backbones.staged import StagedNetwork, drop_path_rates
 
 STRIDES = (4, 8, 16, 32)
 SLOTS = 64
@@ -155,14 +155,14 @@ class GLNet(StagedNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        rates = torch.split(torch.linspace(0, drop_path_rate, sum(depths)), depths)
+        rates = drop_path_rates(drop_path_rate, depths)
         settings: dict[str, Any] = {"mlp_ratio": mlp_ratio, "convolutional": convolutional, "layer_scale": layer_scale}
         downsample = _overlapping if convolutional else _patches
         stages = []
         for i, dim in enumerate(dims):
             blocks = [
                 GLNetBlock(dim, glmix=_has_slots(i, j, convolutional), drop_path=rate, **settings)
-                for j, rate in enumerate(rates[i].tolist())
+                for j, rate in enumerate(rates[i])
             ]
             stages.append(nn.Sequential(downsample(dims[i - 1] if i else in_chans, dim, first=i == 0), *blocks))
         norm = nn.BatchNorm2d(dims[-1])

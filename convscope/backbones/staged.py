@@ -119,3 +119,12 @@ class StagedNetwork(nn.Module):
         if self.grad_checkpointing and self.training:
             return checkpoint(stage, x)  # type: ignore[no-any-return]
         return stage(x)  # type: ignore[no-any-return]
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth of each stage's blocks, from 0 in the first block linearly to `rate` in the last."""
+    total, before, rates = sum(depths), 0, []
+    for depth in depths:
+        rates.append([rate * (before + i) / max(total - 1, 1) for i in range(depth)])
+        before += depth
+    return rates

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ConvNormAct, make_divisible, to_2tuple
+from timm.layers import ConvNormAct, DropPath, make_divisible, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from convscope.backbones.staged import StagedNetwork
+from convscope.backbones.staged import StagedNetwork, drop_path_rates
 
 # a stage is one resolution: (stride of its first block, ((expansion, width, number of blocks), ...))
 SETTINGS: tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...] = (
@@ -85,7 +85,9 @@ class TVConv(nn.Module):
 class InvertedResidual(nn.Module):
     """MobileNetV2's block: 1x1 expansion, spatial layer (here a TVConv), linear 1x1 projection."""
 
-    def __init__(self, in_chans: int, width: int, expansion: int, stride: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self, in_chans: int, width: int, expansion: int, stride: int, size: tuple[int, int], drop_path: float
+    ) -> None:
         super().__init__()
         hidden = in_chans * expansion
         self.shortcut = stride == 1 and in_chans == width
@@ -94,11 +96,12 @@ class InvertedResidual(nn.Module):
         self.mix_norm = nn.BatchNorm2d(hidden)
         self.mix_act = nn.ReLU6()
         self.project = ConvNormAct(hidden, width, 1, apply_act=False)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, width, H/stride, W/stride)."""
         out = self.project(self.mix_act(self.mix_norm(self.mix(self.expand(x)))))
-        return x + out if self.shortcut else out  # type: ignore[no-any-return]
+        return x + self.drop_path(out) if self.shortcut else out  # type: ignore[no-any-return]
 
 
 class EmbeddingHead(nn.Module):
@@ -125,6 +128,7 @@ class TVConvMobileNetV2(StagedNetwork):
         in_chans: channels of the images.
         num_classes: 0 for the embedding.
         drop_rate: dropout before the embedding.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
     """
 
     def __init__(
@@ -134,10 +138,13 @@ class TVConvMobileNetV2(StagedNetwork):
         in_chans: int = 3,
         num_classes: int = 0,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         self.img_size = size = to_2tuple(img_size)
         width = make_divisible(STEM_WIDTH * width_mult)
         stem = ConvNormAct(in_chans, width, 3, padding=1, act_layer=nn.ReLU6)
+        depths = [sum(count for *_, count in settings) for _, settings in SETTINGS]
+        rates = iter(sum(drop_path_rates(drop_path_rate, depths), []))
         stages: list[nn.Sequential] = []
         channels = []
         for stage_stride, settings in SETTINGS:
@@ -147,7 +154,7 @@ class TVConvMobileNetV2(StagedNetwork):
             for expansion, wanted, count in settings:
                 for _ in range(count):
                     out = make_divisible(wanted * width_mult)
-                    blocks.append(InvertedResidual(width, out, expansion, stride, size))
+                    blocks.append(InvertedResidual(width, out, expansion, stride, size, next(rates)))
                     width, stride = out, 1
             stages.append(nn.Sequential(*blocks))
             channels.append(width)
