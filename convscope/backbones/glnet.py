@@ -205,8 +205,16 @@ KEYS = (
 )
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def our_name(name: str) -> str:
+    """Of a parameter, or with a dot at its end of a module, that the authors call `name`."""
+    for theirs, ours in KEYS:
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint with our keys and shapes."""
+    state_dict = state_dict.get("model", state_dict)
     if not any(key.startswith("downsample_layers.") for key in state_dict):
         return dict(state_dict)
     overlapping = "downsample_layers.0.4.weight" in state_dict  # an identity is then the first of their layers
@@ -215,8 +223,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     for key, value in state_dict.items():
         if overlapping:
             key = re.sub(r"(?<=^downsample_layers\.0\.)\d", lambda found: str(int(found[0]) - 1), key)
-        for theirs, ours in KEYS:
-            key = re.sub(theirs, ours, key)
+        key = our_name(key)
         if value.numel() == math.prod(shapes.get(key, ())):  # linear layers are 1x1 convolutions here
             value = value.reshape(shapes[key])
         converted[key] = value

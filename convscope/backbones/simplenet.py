@@ -121,7 +121,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SimpleNet:
 
 def _cifar(variant: str, pretrained: bool, **kwargs: Any) -> SimpleNet:
     stages = CIFAR[variant]
-    return _create(variant, pretrained, stages=stages, starts=("",) + ("pool",) * (len(stages) - 1), **kwargs)
+    starts = ("",) + ("pool",) * (len(stages) - 1)
+    return _create(variant, pretrained, **{"stages": stages, "starts": starts, **kwargs})
 
 
 def _imagenet(variant: str, pretrained: bool, size: str, mode: str, scale: float, **kwargs: Any) -> SimpleNet:
@@ -131,7 +132,7 @@ def _imagenet(variant: str, pretrained: bool, size: str, mode: str, scale: float
     stages: Stages = tuple(layers[a:b] for a, b in itertools.pairwise(bounds))
     stages += ((body, body, body, late), ((widest, 1), (body, 1), body))
     starts = ("stride", "stride", "stride", "pool", "pool")
-    return _create(variant, pretrained, stages=stages, starts=starts, **kwargs)
+    return _create(variant, pretrained, **{"stages": stages, "starts": starts, **kwargs})
 
 
 def _config(size: int, crop_pct: float) -> dict[str, Any]:

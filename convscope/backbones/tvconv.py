@@ -4,6 +4,7 @@ A TVConv has its own k x k weights at every position, computed from a learned ma
 3.2): few parameters, but the size of the map is fixed. Made for aligned images, such as cropped faces.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -144,7 +145,7 @@ class TVConvMobileNetV2(StagedNetwork):
         width = make_divisible(STEM_WIDTH * width_mult)
         stem = ConvNormAct(in_chans, width, 3, padding=1, act_layer=nn.ReLU6)
         depths = [sum(count for *_, count in settings) for _, settings in SETTINGS]
-        rates = iter(sum(drop_path_rates(drop_path_rate, depths), []))
+        rates = itertools.chain(*drop_path_rates(drop_path_rate, depths))
         stages: list[nn.Sequential] = []
         channels = []
         for stage_stride, settings in SETTINGS:
