@@ -26,7 +26,7 @@ class LargeKernelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return x * self.pointwise(self.dilated(self.local(x)))
+        return x * self.pointwise(self.dilated(self.local(x)))  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):

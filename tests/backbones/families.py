@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from convscope.backbones import dhvt, glnet, gmm_vit, simplenet, tvconv, van
+from convscope.backbones import dhvt, glnet, gmm_vit, hornet, replknet, simplenet, tvconv, unireplknet, van
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Truncation:
-    """A large network without its last blocks, which gives the whole one's numbers up to there in less time."""
+    """A large network without its last stages, which gives the whole one's numbers up to there in less time."""
 
     arguments: Mapping[str, Any]
     left_out: str  # pattern of the authors' keys that it lacks
@@ -44,6 +44,7 @@ class Family:
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (128, 64))  # height, width that it takes
     drops: Mapping[str, float] = field(default_factory=lambda: {"drop_path_rate": 0.5})  # what makes features random
     published: Mapping[str, float]  # millions of parameters by architecture, as the authors round them
+    merges: bool = False  # whether it has a form for inference, which the published sizes are then of
     refused_by_spark: str = ""  # the layer's class, where there is one
 
 
@@ -134,6 +135,71 @@ FAMILIES = {
         sizes=((32, 32), (48, 48)),
         published={"dhvt_tiny_imagenet_patch16": 6.2, "dhvt_small_imagenet_patch16": 23.8},
         refused_by_spark="it does not run on visible units",
+    ),
+    "hornet": Family(
+        module=hornet,
+        variants={"hornet_tiny_7x7": Variant(arch="hornet_tiny_7x7")},
+        computed="hornet_tiny_7x7",
+        module_name=hornet.our_name,
+        small=Variant(arch="hornet_tiny_7x7", arguments={"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)}),
+        published={
+            "hornet_tiny_7x7": 22.4,
+            "hornet_small_7x7": 49.5,
+            "hornet_base_7x7": 87.3,
+            "hornet_large_7x7": 194.5,
+        },
+    ),
+    "hornet_gf": Family(
+        module=hornet,
+        variants={"hornet_tiny_gf_f64fft": Variant(arch="hornet_tiny_gf")},
+        computed="hornet_tiny_gf_f64fft",
+        module_name=hornet.our_name,
+        small=Variant(arch="hornet_tiny_gf", arguments={"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)}),
+        published={"hornet_tiny_gf": 23, "hornet_small_gf": 50.4, "hornet_base_gf": 88.4, "hornet_large_gf": 196.3},
+        refused_by_spark="GlobalLocalFilter",
+    ),
+    "replknet": Family(
+        module=replknet,
+        variants={"replknet31b": Variant(arch="replknet_31b")},
+        computed="replknet31b",
+        truncation=Truncation(
+            arguments={"depths": (2, 2), "dims": (128, 256), "num_classes": 0},
+            left_out=r"^(stages\.[23]|transitions\.[12]|norm|head)\.",
+            whole=(
+                "stem.0",
+                "stem.3",
+                "stages.0.blocks.0",
+                "stages.0",
+                "transitions.0",
+                "stages.1.blocks.0",
+                "stages.1",
+            ),
+        ),
+        module_name=replknet.our_name,
+        small=Variant(
+            arch="replknet_31b", arguments={"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20), "width_ratio": 1.5}
+        ),
+        merges=True,
+        published={"replknet_31b": 79, "replknet_31l": 172, "replknet_xl": 335},
+    ),
+    "unireplknet": Family(
+        module=unireplknet,
+        variants={name: Variant(arch=name) for name in ("unireplknet_a", "unireplknet_p")},
+        computed="unireplknet_a",
+        module_name=unireplknet.our_name,
+        small=Variant(arch="unireplknet_t", arguments={"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40)}),
+        merges=True,
+        published={
+            "unireplknet_a": 4.4,
+            "unireplknet_f": 6.2,
+            "unireplknet_p": 10.7,
+            "unireplknet_n": 18.3,
+            "unireplknet_t": 31,
+            "unireplknet_s": 56,
+            "unireplknet_b": 98,
+            "unireplknet_l": 218,
+            "unireplknet_xl": 386,
+        },
     ),
     "van": Family(
         module=van,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from timm.utils.model import reparameterize_model
+from torch import nn
 
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.errors import UserError
@@ -16,13 +17,24 @@ from convscope.ssl.objectives.spark import SparkConfig, hierarchy
 from convscope.ssl.sparse.rules import convert
 from convscope.ssl.sparse.units import VisibleUnits
 from convscope.ssl.sparse.verify import verify
-from tests.backbones.families import FAMILIES, Family
-from tests.backbones.fixtures import check, filled, hash_of_keys, image, is_counter, outputs, read_entries, read_keys
+from tests.backbones.families import FAMILIES
+from tests.backbones.fixtures import (
+    Shapes,
+    check,
+    filled,
+    hash_of_keys,
+    image,
+    is_counter,
+    outputs,
+    read_entries,
+    read_keys,
+)
 from tests.ssl.dense_reference import DenseMasked
 
 VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]
-PUBLISHED = [(arch, size) for family in FAMILIES.values() for arch, size in family.published.items()]
+PUBLISHED = [(arch, size, family.merges) for family in FAMILIES.values() for arch, size in family.published.items()]
 CONVOLUTIONAL = [name for name, family in FAMILIES.items() if not family.refused_by_spark]
+MERGING = [name for name, family in FAMILIES.items() if family.merges]
 REFUSED = [name for name, family in FAMILIES.items() if family.refused_by_spark]
 
 
@@ -66,10 +78,10 @@ def test_parameters_and_keys_are_the_authors(name: str, variant: str):
         assert sum(parameter.numel() for parameter in model.parameters()) == numbers["params"]
 
 
-@pytest.mark.parametrize(("arch", "millions"), PUBLISHED)
-def test_size_is_the_published_one(arch: str, millions: float):
+@pytest.mark.parametrize(("arch", "millions", "merged"), PUBLISHED)
+def test_size_is_the_published_one(arch: str, millions: float, merged: bool):
     with torch.device("meta"):
-        model = timm.create_model(arch)
+        model = timm.create_model(arch, **({"inference_mode": True} if merged else {}))
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1e6 * millions, rel=0.015)
     config = model.pretrained_cfg
     assert isinstance(model.get_submodule(config["classifier"]), nn.Linear)
@@ -79,12 +91,16 @@ def test_size_is_the_published_one(arch: str, millions: float):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_are_the_authors(name: str):
     """In float64, on images that are not square, of the network and of modules on the way."""
-    family, entry = FAMILIES[name], read_entries(name)[FAMILIES[name].computed]
-    cut, case = family.truncation, entry["case"]
-    shapes = read_keys(name, family.computed)
-    shapes = {key: shape for key, shape in shapes.items() if not (cut and re.search(cut.left_out, key))}
+    family, cut = FAMILIES[name], FAMILIES[name].truncation
+    entry, shapes = read_entries(name)[family.computed], computed_keys(name)
+    case = entry["case"]
     model = family.variants[family.computed].build(**(cut.arguments if cut else {})).double().eval()
-    load(model, family, filled(shapes, entry))
+    if cut:
+        model.norm = nn.Identity()  # of another width than the whole network's
+    state = family.module.checkpoint_filter_fn(filled(shapes, entry), model)
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert all(not model.state_dict()[key].is_floating_point() for key in result.missing_keys)  # but for counters
     stages = {stage: numbers for stage, numbers in case["stages"].items() if not cut or stage in cut.whole}
     modules = {stage: family.module_name(f"{stage}.").removesuffix(".") for stage in stages}
     found = outputs(model, image(*case["input"]), modules)
@@ -92,24 +108,31 @@ def test_outputs_are_the_authors(name: str):
         check(stage, found[stage], numbers)
 
 
-def load(model: nn.Module, family: Family, state: dict[str, Tensor]) -> None:
-    """The authors' weights, which lack nothing but counters."""
-    result = model.load_state_dict(family.module.checkpoint_filter_fn(state, model), strict=False)
-    assert not result.unexpected_keys
-    assert all(not model.state_dict()[key].is_floating_point() for key in result.missing_keys)
+def computed_keys(name: str) -> Shapes:
+    """The authors' keys of the network that is computed, without those that a truncated one lacks."""
+    cut, shapes = FAMILIES[name].truncation, read_keys(name, FAMILIES[name].computed)
+    return {key: shape for key, shape in shapes.items() if not (cut and re.search(cut.left_out, key))}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_official_checkpoint_loads_from_a_file(name: str, tmp_path: Path):
-    family = FAMILIES[name]
-    variant, shapes = family.variants[family.computed], read_keys(name, family.computed)
+    family, cut = FAMILIES[name], FAMILIES[name].truncation
+    variant = family.variants[family.computed]
     state = {
-        key: torch.zeros(shape, dtype=torch.int64 if is_counter(key) else torch.half) for key, shape in shapes.items()
+        key: torch.zeros(shape, dtype=torch.int64 if is_counter(key) else torch.half)
+        for key, shape in computed_keys(name).items()
     }
     torch.save({"state_dict": state}, tmp_path / "official.pth")
-    backbone = load_backbone(str(tmp_path / "official.pth"), arch=variant.arch, model_args=variant.arguments)
-    assert backbone.matched == 1
-    assert all(not parameter.any() for parameter in backbone.parameters())
+    backbone = load_backbone(
+        str(tmp_path / "official.pth"),
+        arch=variant.arch,
+        model_args={
+            k: v for k, v in {**variant.arguments, **(cut.arguments if cut else {})}.items() if k != "num_classes"
+        },
+        allow_partial=0.99 if cut else 1,
+    )
+    kept = [key for key, parameter in backbone.model.named_parameters() if parameter.any()]
+    assert kept == (["norm.weight"] if cut else [])  # the last norm of a truncated network is not in the file
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -208,6 +231,22 @@ def test_spark_is_exact_on_visible_units(name: str):
         if other.grad is not None:  # a bias before BatchNorm has no gradient but rounding: hence the second term
             atol = 1e-10 * float(other.grad.abs().max()) + 1e-12 * largest
             torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=atol, msg=key)
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_reparameterised_network_is_equal(name: str):
+    """In float64, statistics of BatchNorm included; and its weights are those of the form for inference."""
+    model, images = small(name), torch.randn(2, 3, 96, 64, dtype=torch.float64)
+    for _ in range(2):
+        model.train()(images)
+    with torch.no_grad():
+        merged = reparameterize_model(model.eval())
+        expected, found = model(images), merged(images)
+        built = FAMILIES[name].small.build(inference_mode=True).double().eval()
+        built.load_state_dict(merged.state_dict())
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * expected.std().item())
+        assert torch.equal(built(images), found)
+    assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", REFUSED)
