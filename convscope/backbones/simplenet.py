@@ -5,6 +5,7 @@ CIFAR networks halve the resolution by max-pooling, those for ImageNet also by s
 *max*-pool ends them.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -120,17 +121,18 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SimpleNet:
 
 def _cifar(variant: str, pretrained: bool, **kwargs: Any) -> SimpleNet:
     stages = CIFAR[variant]
-    return _create(variant, pretrained, stages=stages, starts=("",) + ("pool",) * (len(stages) - 1), **kwargs)
+    starts = ("",) + ("pool",) * (len(stages) - 1)
+    return _create(variant, pretrained, **{"stages": stages, "starts": starts, **kwargs})
 
 
 def _imagenet(variant: str, pretrained: bool, size: str, mode: str, scale: float, **kwargs: Any) -> SimpleNet:
     first, early, body, late, widest = (round(width * scale) for width in WIDTHS[size])
     layers = (first, *(early,) * 5)
     bounds = (*STRIDED[mode], len(layers))
-    stages: Stages = tuple(layers[a:b] for a, b in zip(bounds, bounds[1:]))
+    stages: Stages = tuple(layers[a:b] for a, b in itertools.pairwise(bounds))
     stages += ((body, body, body, late), ((widest, 1), (body, 1), body))
     starts = ("stride", "stride", "stride", "pool", "pool")
-    return _create(variant, pretrained, stages=stages, starts=starts, **kwargs)
+    return _create(variant, pretrained, **{"stages": stages, "starts": starts, **kwargs})
 
 
 def _config(size: int, crop_pct: float) -> dict[str, Any]:

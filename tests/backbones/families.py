@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from convscope.backbones import hornet, replknet, unireplknet, van
+from convscope.backbones import dhvt, glnet, gmm_vit, hornet, replknet, simplenet, tvconv, unireplknet, van
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,10 @@ class Variant:
 
     arch: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    classes: Mapping[str, int] = field(default_factory=dict)  # num_classes, where the authors' is not ours
 
     def build(self, **further: Any) -> nn.Module:
-        return timm.create_model(self.arch, **{**self.arguments, **further})
+        return timm.create_model(self.arch, **{**self.arguments, **self.classes, **further})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,100 @@ class Family:
     module_name: Callable[[str], str]  # of the module that the authors call so; both end in a dot
     small: Variant  # for tests that need no numbers
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (128, 64))  # height, width that it takes
+    drops: Mapping[str, float] = field(default_factory=lambda: {"drop_path_rate": 0.5})  # what makes features random
     published: Mapping[str, float]  # millions of parameters by architecture, as the authors round them
     merges: bool = False  # whether it has a form for inference, which the published sizes are then of
     refused_by_spark: str = ""  # the layer's class, where there is one
 
 
 FAMILIES = {
+    "simplenet": Family(
+        module=simplenet,
+        variants={
+            "simplenet_cifar_310k": Variant(arch="simplenet_cifar_310k", classes={"num_classes": 10}),
+            "simplenet_cifar_5m": Variant(arch="simplenet_cifar_5m", classes={"num_classes": 10}),
+            "simplenetv1_5m_m1": Variant(arch="simplenetv1_5m_m1"),
+        },
+        computed="simplenet_cifar_310k",
+        module_name={
+            "features.2.": "stages.0.layer0.",
+            "features.15.": "stages.1.pool.",
+            "features.28.": "stages.2.pool.",
+            "features.37.": "stages.3.pool.",
+            "features.50.": "stages.4.pool.",
+            "features.": "stages.4.",
+        }.__getitem__,
+        small=Variant(arch="simplenet_cifar_310k", arguments={"stages": ((8, 8), (12,), (12,), ((16, 1),), (12,))}),
+        drops={"layer_drop_rate": 0.5},  # it has no branches to drop
+        published={
+            "simplenetv1_small_m1_05": 1.5,
+            "simplenetv1_small_m2_05": 1.5,
+            "simplenetv1_small_m1_075": 3.3,
+            "simplenetv1_small_m2_075": 3.3,
+            "simplenetv1_5m_m1": 5.7,
+            "simplenetv1_5m_m2": 5.7,
+            "simplenetv1_9m_m1": 9.5,
+            "simplenetv1_9m_m2": 9.5,
+        },
+    ),
+    "tvconv": Family(
+        module=tvconv,
+        variants={"tvconv_mobilenet_v2_x0_1": Variant(arch="mobilenetv2_tvconv_x0_1")},
+        computed="tvconv_mobilenet_v2_x0_1",
+        module_name={
+            "features.0.": "stages.0.0.",
+            "features.1.conv.0.0.": "stages.0.1.mix.",
+            "features.1.": "stages.0.1.",
+            "features.3.": "stages.1.1.",
+            "features.6.": "stages.2.2.",
+            "features.10.": "stages.3.3.",
+            "features.13.": "stages.3.6.",
+            "features.16.": "stages.4.2.",
+            "features.17.": "stages.4.3.",
+            "features.18.": "stages.4.4.",
+            "output_layer.": "embedding.",
+        }.__getitem__,
+        small=Variant(arch="mobilenetv2_tvconv_x0_1", arguments={"img_size": (32, 48)}),
+        sizes=((32, 48),),
+        published={},
+    ),
+    "gmm_vit": Family(
+        module=gmm_vit,
+        variants={"gmm_vit_tiny_gmm": Variant(arch="vit_tiny_patch4_32_gmm", classes={"num_classes": 100})},
+        computed="gmm_vit_tiny_gmm",
+        module_name={
+            "to_patch_embedding.": "patch_embed.",
+            "transformer.layers.0.0.": "blocks.0.attn.",
+            "transformer.layers.0.1.": "blocks.0.mlp.",
+            "transformer.": "blocks.",
+        }.__getitem__,
+        small=Variant(arch="vit_tiny_patch4_32_gmm", arguments={"embed_dim": 24, "num_heads": 2, "depth": 3}),
+        sizes=((32, 32),),
+        published={},
+        refused_by_spark="it does not run on visible units",
+    ),
+    "glnet": Family(
+        module=glnet,
+        variants={"glnet_4g": Variant(arch="glnet_4g")},
+        computed="glnet_4g",
+        module_name=glnet.our_name,
+        small=Variant(arch="glnet_4g", arguments={"depths": (1, 1, 2, 1), "dims": (32, 32, 64, 64)}),
+        published={"glnet_stl": 30, "glnet_4g": 27, "glnet_9g": 60, "glnet_16g": 106},
+        refused_by_spark="SlotMixing",
+    ),
+    "dhvt": Family(
+        module=dhvt,
+        variants={
+            "dhvt_tiny_cifar_patch4": Variant(arch="dhvt_tiny_cifar_patch4", classes={"num_classes": 100}),
+            "dhvt_tiny_imagenet_patch16": Variant(arch="dhvt_tiny_imagenet_patch16"),
+        },
+        computed="dhvt_tiny_cifar_patch4",
+        module_name=str,
+        small=Variant(arch="dhvt_tiny_cifar_patch4", arguments={"embed_dim": 24, "num_heads": 2, "depth": 3}),
+        sizes=((32, 32), (48, 48)),
+        published={"dhvt_tiny_imagenet_patch16": 6.2, "dhvt_small_imagenet_patch16": 23.8},
+        refused_by_spark="it does not run on visible units",
+    ),
     "hornet": Family(
         module=hornet,
         variants={"hornet_tiny_7x7": Variant(arch="hornet_tiny_7x7")},

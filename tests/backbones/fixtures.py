@@ -52,7 +52,7 @@ def is_counter(key: str) -> bool:
 def filled(shapes: Shapes, entry: Entry, integers: Callable[[str], bool] = is_counter) -> dict[str, Tensor]:
     """A state dict in float64 that depends on keys and shapes alone; integers and `fill_untouched` are left out."""
     return {
-        key: torch.from_numpy(fill(key, shape, entry["fill_rules"]))
+        key: torch.as_tensor(fill(key, shape, entry["fill_rules"]))
         for key, shape in shapes.items()
         if not integers(key) and not any(re.search(pattern, key) for pattern in entry["fill_untouched"])
     }

@@ -157,7 +157,7 @@ def test_maps_have_the_promised_widths_and_strides(name: str):
 def test_usual_timm_arguments_work(name: str):
     height, width = FAMILIES[name].sizes[0]
     images = torch.randn(2, 4, height, width, dtype=torch.float64)
-    model = small(name, num_classes=7, in_chans=4, drop_path_rate=0.5, drop_rate=0.1)
+    model = small(name, num_classes=7, in_chans=4, drop_rate=0.1, **FAMILIES[name].drops)
     assert model(images).shape == (2, 7)
     model.train()
     assert not torch.equal(model.forward_features(images), model.forward_features(images))
