@@ -12,6 +12,7 @@ from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
+from convscope.core.neighbours import neighbours
 from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.common import (
     FrozenFeatures,
@@ -31,7 +32,7 @@ from convscope.eval.common import (
     save_frozen,
 )
 from convscope.eval.features import Features
-from convscope.eval.neighbours import NeighbourSettings, neighbours
+from convscope.eval.neighbours import NeighbourSettings
 
 TASK = "knn"
 PROTOCOL = "dino-vote/1"
