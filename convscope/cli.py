@@ -88,6 +88,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "convscope.eval.info", "InfoCommand", "what a checkpoint was recognised as: layout, architecture, preprocessing"
     ),
     ("analyze", "erf"): Command("convscope.analysis.erf_command", "ErfCommand", "effective receptive fields"),
+    ("analyze", "shape-bias"): Command(
+        "convscope.analysis.shape_bias_command", "ShapeBiasCommand", "shape or texture on cue conflicts (Geirhos)"
+    ),
     ("export", "backbone"): Command(
         "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"
     ),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from convscope.core import neighbours as module
 from convscope.core.errors import UserError
 from convscope.core.neighbours import neighbours
-from convscope.core import neighbours as module
 from convscope.eval import search_index
 from convscope.eval.search_index import IndexSettings, build_index, recall_against_exact
 
