@@ -28,7 +28,7 @@ from convscope.core.softmax_regression import softmax_regression
 from convscope.core.weights_file import read_weights
 
 HeadName = Literal["own", "linear-probe", "knn", "probe-16", "zero-shot"]
-Scores = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> a score for each category (B, 16), float32
+Scores = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> a score for each category (B, 16)
 
 
 @dataclass(frozen=True)

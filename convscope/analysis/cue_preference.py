@@ -23,6 +23,7 @@ from convscope.core.data.cue_conflict_render import SHAPE_NAMES, SIZE, TEXTURE_N
 from convscope.core.data.image_files import ImageFiles
 from convscope.core.errors import UserError
 
+LEAST_SIZE = 32
 HELD_OUT = 4  # of a consistent pair's drawings every fourth is not learned from
 
 
@@ -34,10 +35,14 @@ class CuePreferenceConfig:
     """Random pairings of shapes with textures; a probe learns each one's 8 consistent pairs."""
     per_pair: int = 16
     """Drawings of each of the 64 pairs of a shape and a texture."""
+    drawing_size: int = SIZE
+    """Their height and width in pixels."""
 
     def __post_init__(self) -> None:
         if self.pairings < 1 or self.per_pair < HELD_OUT:
             raise UserError(f"--pairings must be at least 1 and --per-pair at least {HELD_OUT}")
+        if self.drawing_size < LEAST_SIZE:
+            raise UserError(f"--drawing-size must be at least {LEAST_SIZE}; smaller drawings show no texture")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Drawings:
     shape: Numbers  # (N,)
     texture: Numbers
     held_out: NDArray[np.bool_]
+    size: int  # height and width in pixels
 
 
 def drawings(config: CuePreferenceConfig, seed: int) -> Drawings:
@@ -59,15 +65,15 @@ def drawings(config: CuePreferenceConfig, seed: int) -> Drawings:
         for instance in range(config.per_pair)
     ]
     names = [f"{SHAPE_NAMES[s]}/{SHAPE_NAMES[s]}{i}-{TEXTURE_NAMES[t]}{i}.png" for s, t, i in cells]
-    fingerprint = f"procedural cue conflict 1, seed {seed}, {config.per_pair} of each pair"
+    fingerprint = f"procedural cue conflict 1, {config.drawing_size} px, seed {seed}, {config.per_pair} of each pair"
 
     def read(place: int) -> Image.Image:
         shape, texture, instance = cells[place]
-        return Image.fromarray(render(shape, texture, instance, seed=seed))
+        return Image.fromarray(render(shape, texture, instance, seed=seed, size=config.drawing_size))
 
     images = ImageFiles(names, [name.partition("/")[0] for name in names], "builtin", fingerprint, read)
     shape, texture, instance = np.array(cells).T
-    return Drawings(images, shape, texture, instance % HELD_OUT == HELD_OUT - 1)
+    return Drawings(images, shape, texture, instance % HELD_OUT == HELD_OUT - 1, config.drawing_size)
 
 
 def random_pairings(count: int, seed: int) -> list[Numbers]:
@@ -89,14 +95,14 @@ def measure(
     """Preference over all pairings, with intervals from resampling drawings, and the figures of each pairing.
 
     Raises:
-        UserError: the model does not take images of 224 x 224 pixels, or gives NaN.
+        UserError: the model does not take images of the drawings' size, or gives NaN.
     """
-    shown = backbone.at_size(SIZE)
+    shown = backbone.at_size(drawn.size)
     shown.preprocessing = dataclasses.replace(shown.preprocessing, crop_pct=1.0)
     try:
         features = pooled_features(shown, drawn.images, range(len(drawn.images)), batch_size, device)
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"{backbone.source} does not take images of {SIZE} x {SIZE} pixels: {error}") from error
+        raise UserError(f"{backbone.source} does not take images of {drawn.size} px: {error}") from error
     return preference(features, drawn, pairings, c=c, seed=seed)
 
 

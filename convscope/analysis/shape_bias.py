@@ -81,11 +81,11 @@ def ask(
     found = []
     with progress(f"shape-bias {label}", len(images)) as ticker:
         for batch in images.batches(transform, batch_size):
-            found.append(decider.head.scores(normalize(batch.to(pick_device(device)))).float().cpu())
+            found.append(decider.head.scores(normalize(batch.to(pick_device(device)))).cpu())
             ticker.advance(len(batch))
     scores = torch.cat(found)
     answers = replace(stimuli, kind=decider.kind, decisions=decide(scores, ties))
-    return answers, scores.numpy(), shown
+    return answers, scores.float().numpy(), shown
 
 
 def _transform(label: str, decider: Decider, images: ImageFiles, device: str) -> tuple[Transform, str]:

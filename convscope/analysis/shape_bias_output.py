@@ -74,12 +74,16 @@ def details(report: CueReport) -> dict[str, Any]:
 
 def table(report: CueReport) -> str:
     """One line an observer, as aligned text."""
-    lines: list[tuple[str, ...]] = [("", "head", report.what, "coverage", "shape", "texture")]
-    for label, row in report.rows.items():
+    people = [index for index, row in enumerate(report.rows.values()) if row.kind == "human"]
+    kappa = people and report.consistency is not None
+    header = ("", "head", report.what, "coverage", "shape", "texture")
+    lines: list[tuple[str, ...]] = [(*header, "kappa with people") if kappa else header]
+    for index, (label, row) in enumerate(report.rows.items()):
         cues = row.cues
         shares = [_interval(figure) for figure in (cues.coverage, cues.shape, cues.texture)]
         bias = "- (coverage at chance)" if cues.bias is None else _interval(cues.bias, 4)
-        lines.append((label, str(row.details.get("head", row.kind)), bias, *shares))
+        alike = [_kappa_with(report.consistency, index, people)] if kappa and report.consistency else []
+        lines.append((label, str(row.details.get("head", row.kind)), bias, *shares, *alike))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
@@ -145,6 +149,13 @@ def _csv(report: CueReport) -> str:
             known = bias is not None and math.isfinite(value)
             writer.writerow([label, row.kind, name, 1 - value if known else "", *[""] * 5])
     return text.getvalue()
+
+
+def _kappa_with(consistency: Consistency, index: int, people: Sequence[int]) -> str:
+    """The mean error consistency of one observer with people, itself left out."""
+    values = [consistency.kappa[index, person] for person in people if person != index]
+    known = [value for value in values if math.isfinite(value)]
+    return f"{np.mean(known):.3f}" if known else "-"
 
 
 def _number(value: float) -> float | None:

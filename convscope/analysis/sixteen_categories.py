@@ -62,9 +62,11 @@ def category_scores(probabilities: Tensor) -> Tensor:
         probabilities: of ImageNet's classes, float32 (N, 1000).
 
     Returns:
-        (N, 16), categories in alphabetical order.
+        (N, 16) float64, categories in alphabetical order. Sums of float32 are exact there, so that equal probabilities
+        give equal means, whatever the number of classes.
     """
-    return torch.stack([probabilities[:, list(class_indices(name))].mean(1) for name in CATEGORIES], 1)
+    exact = probabilities.double()
+    return torch.stack([exact[:, list(class_indices(name))].mean(1) for name in CATEGORIES], 1)
 
 
 def decide(scores: Tensor, ties: Ties = "abstain") -> np.ndarray[tuple[int], np.dtype[np.int64]]:

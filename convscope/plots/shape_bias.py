@@ -51,11 +51,11 @@ def draw_cue_bias(
 
 
 def draw_consistency(labels: Sequence[str], kappa: NDArray[np.float64]) -> Picture:
-    """Error consistency of every two observers; what is left of 1 on the diagonal says nothing and is left out."""
+    """Error consistency of every two observers, by their numbers; the diagonal, which is 1, says nothing."""
     count = len(labels)
     side = max(0.52 * count, 1.6)
     shown = np.where(np.eye(count, dtype=bool), np.nan, kappa)
-    with sheet(side + 3.4, side + 1.9) as figure:
+    with sheet(side + 3.4, side + 0.9) as figure:
         axis = figure.subplots()
         largest = max(0.5, float(np.nanmax(shown, initial=0.0)))
         image = axis.imshow(shown, cmap="Blues", vmin=0, vmax=largest)
@@ -64,9 +64,9 @@ def draw_consistency(labels: Sequence[str], kappa: NDArray[np.float64]) -> Pictu
                 dark = shown[i, j] > 0.55 * largest
                 text = f"{shown[i, j]:.2f}".replace("-0.", "-.").removeprefix("0")
                 axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else INK)
-        names = [wrap(label, LABEL) for label in labels]
-        axis.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")
-        axis.set_yticks(range(count), names)
+        numbers = [str(number) for number in range(1, count + 1)]
+        axis.set_xticks(range(count), numbers)
+        axis.set_yticks(range(count), [f"{wrap(label, LABEL)}  {number}" for label, number in zip(labels, numbers)])
         axis.tick_params(length=0)
         axis.grid(visible=False)
         for spine in axis.spines.values():
@@ -99,12 +99,11 @@ def _by_category(axis: Any, series: Sequence[CueSeries], categories: Sequence[st
         if one.bias is None:
             continue
         points = {name: value for name, value in style.items() if name != "linestyle"}
-        size = 5.0 if one.human else 6.5
-        axis.plot(
-            1 - one.by_category[list(order)], rows, linestyle="", markersize=size, clip_on=False, zorder=3, **points
-        )
+        points |= {"markersize": 5.0 if one.human else 6.5, "clip_on": False}
+        axis.plot(1 - one.by_category[list(order)], rows, **{**points, "linestyle": ""}, zorder=3)
         width = 1.0 if one.human else 1.6
         axis.axvline(1 - one.bias, color=style["color"], linestyle=style["linestyle"], linewidth=width, zorder=2)
+        axis.plot([1 - one.bias], [-0.6], zorder=4, **points)  # at the line's foot, for those who print in grey
     axis.set(xlim=(0, 1), ylim=(-0.6, len(order) - 0.4))
     axis.set_yticks(rows, [categories[number] for number in order])
     axis.tick_params(axis="y", length=0)
@@ -162,7 +161,7 @@ def _shares(axis: Any, series: Sequence[CueSeries], chance: float) -> None:
     axis.set(xlim=(0, 1))
     axis.tick_params(axis="y", labelleft=False, length=0)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("share of decisions (coverage: shape + texture)")
+    axis.set_xlabel("share of decisions")
     axis.xaxis.set_major_formatter(FuncFormatter(_short))
     axis.legend(loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3, borderaxespad=3.2, edgecolor=GRID)
 
