@@ -101,6 +101,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "RepresentationCommand",
         "rank, spread, collapse and similarity of features (RankMe, alpha-ReQ, uniformity, CKA)",
     ),
+    ("analyze", "shape-bias"): Command(
+        "convscope.analysis.shape_bias_command", "ShapeBiasCommand", "shape or texture on cue conflicts (Geirhos)"
+    ),
     ("export", "backbone"): Command(
         "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"
     ),
