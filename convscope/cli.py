@@ -93,6 +93,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "FiltersCommand",
         "convolution filters: in use or not, degenerate layers, drift between models",
     ),
+    ("analyze", "efficiency"): Command(
+        "convscope.analysis.efficiency_command",
+        "EfficiencyCommand",
+        "arithmetic, memory traffic and latency of every layer, and the gap to the machine's peak",
+    ),
     ("analyze", "representation"): Command(
         "convscope.analysis.representation_command",
         "RepresentationCommand",
