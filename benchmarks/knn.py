@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from convscope.eval.neighbours import SIMILARITIES, neighbours, search_faiss
+from convscope.core.neighbours import SIMILARITIES, neighbours, search_faiss
 
 
 @dataclass(frozen=True, kw_only=True)

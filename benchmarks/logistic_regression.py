@@ -21,8 +21,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from convscope.core.softmax_regression import softmax_regression
 from convscope.eval.logistic_regression import LogRegConfig, holdout_split
-from convscope.eval.softmax_regression import softmax_regression
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,16 +96,25 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "FiltersCommand",
         "convolution filters: in use or not, degenerate layers, drift between models",
     ),
+    ("analyze", "linear"): Command(
+        "convscope.analysis.linear_command", "LinearCommand", "what pixels and biases add to single features"
+    ),
     ("analyze", "representation"): Command(
         "convscope.analysis.representation_command",
         "RepresentationCommand",
         "rank, spread, collapse and similarity of features (RankMe, alpha-ReQ, uniformity, CKA)",
+    ),
+    ("analyze", "shape-bias"): Command(
+        "convscope.analysis.shape_bias_command", "ShapeBiasCommand", "shape or texture on cue conflicts (Geirhos)"
     ),
     ("export", "backbone"): Command(
         "convscope.core.export", "ExportBackbone", "a backbone as a file that timm loads", run="run_backbone"
     ),
     ("export", "open-clip"): Command(
         "convscope.core.export", "ExportOpenClip", "an image-text model as open_clip loads it", run="run_open_clip"
+    ),
+    ("export", "filter-db"): Command(
+        "convscope.analysis.filter_db_command", "FilterDbCommand", "convolution filters as a database (CNN Filter DB)"
     ),
     ("slurm", "status"): Command(
         "convscope.slurm.commands", "RunCommand", "state, progress and speed of a submitted run", run="run_status"

@@ -84,6 +84,7 @@ def test_nothing_happens_at_import(tmp_path: Path) -> None:
 import importlib, logging, os, random, sys
 sys.path.insert(0, {str(ROOT)!r})
 import matplotlib.font_manager, numpy, open_clip, pandas, rich.progress, sklearn.svm, timm, torch.distributed  # theirs
+import h5py
 state = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
 threads, handlers, environment = torch.get_num_threads(), list(logging.root.handlers), dict(os.environ)
 seen = []

@@ -7,7 +7,7 @@ records it, which follows any control flow.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,38 @@ from convscope.core.conv_bn_pairs import conv_bn_pairs, small_images
 DepthFrom = Literal["graph", "execution order", "definition order"]
 
 
+class Layer(Protocol):
+    """What the statistics of a layer are of."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def size(self) -> str: ...  # noqa: D102
+    @property
+    def depth(self) -> int: ...  # noqa: D102
+    @property
+    def depth_norm(self) -> float: ...  # noqa: D102
+    @property
+    def groups(self) -> int: ...  # noqa: D102
+    @property
+    def weight(self) -> Tensor: ...  # noqa: D102
+    @property
+    def filters(self) -> Tensor: ...  # noqa: D102
+
+
+class Layers(Protocol):
+    """Layers of one network, or of several that are looked at together."""
+
+    @property
+    def depth_from(self) -> str: ...  # noqa: D102
+    @property
+    def unreached(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def folded(self) -> tuple[str, ...]: ...  # noqa: D102
+    def __iter__(self) -> Iterator[Layer]: ...
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class ConvLayer:
     """One 4-D convolution weight."""
@@ -27,7 +59,8 @@ class ConvLayer:
     weight: Tensor  # (c_out, c_in / groups, h, w), as stored or with its BatchNorm folded in
     groups: int
     stride: tuple[int, int]
-    depth: int  # 0 for the first; layers side by side share one
+    path: int  # operations before it on the longest path from the image
+    depth: int  # rank of `path`: 0 for the first; layers side by side share one
     depth_norm: float  # depth / the largest depth; 0 where there is one depth only
     folded: bool  # whether a BatchNorm is in the weight
 
@@ -48,6 +81,7 @@ class ConvLayers:
 
     layers: tuple[ConvLayer, ...]
     depth_from: DepthFrom  # other than "graph" where autograd could not follow the network
+    path: int  # operations on the longest path from the image to the features
     unreached: tuple[str, ...]  # convolutions that the network holds and does not use; they are left out
 
     def __iter__(self) -> Iterator[ConvLayer]:
@@ -55,6 +89,11 @@ class ConvLayers:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Names of the layers that a BatchNorm is folded into."""
+        return tuple(layer.name for layer in self.layers if layer.folded)
 
 
 def conv_layers(backbone: Backbone, *, fold_bn: bool = False) -> ConvLayers:
@@ -65,7 +104,7 @@ def conv_layers(backbone: Backbone, *, fold_bn: bool = False) -> ConvLayers:
     engines and ONNX exporters do; the filters of layers without one stay.
     """
     convs = {name: part for name, part in backbone.model.named_modules() if isinstance(part, nn.Conv2d)}
-    depth_from, lengths = _path_lengths(backbone, convs)
+    depth_from, lengths, longest = _path_lengths(backbone, convs)
     ranks = {length: rank for rank, length in enumerate(sorted(set(lengths.values())))}
     norms = {id(conv): norm for conv, norm in conv_bn_pairs(backbone)} if fold_bn else {}
     layers = []
@@ -78,16 +117,17 @@ def conv_layers(backbone: Backbone, *, fold_bn: bool = False) -> ConvLayers:
                 weight=(conv.weight if norm is None else _folded(conv, norm)).detach(),
                 groups=conv.groups,
                 stride=(conv.stride[0], conv.stride[1]),
+                path=lengths[name],
                 depth=depth,
                 depth_norm=depth / max(len(ranks) - 1, 1),
                 folded=norm is not None,
             )
         )
-    return ConvLayers(tuple(layers), depth_from, tuple(name for name in convs if name not in lengths))
+    return ConvLayers(tuple(layers), depth_from, longest, tuple(name for name in convs if name not in lengths))
 
 
-def _path_lengths(backbone: Backbone, convs: Mapping[str, nn.Conv2d]) -> tuple[DepthFrom, dict[str, int]]:
-    """The length of the longest path to each convolution that runs, in the order they first run."""
+def _path_lengths(backbone: Backbone, convs: Mapping[str, nn.Conv2d]) -> tuple[DepthFrom, dict[str, int], int]:
+    """Operations before each convolution on its longest path, in the order they first run, and those of the network."""
     names = {id(conv): name for name, conv in convs.items()}
     nodes: dict[str, Any] = {}
 
@@ -98,18 +138,19 @@ def _path_lengths(backbone: Backbone, convs: Mapping[str, nn.Conv2d]) -> tuple[D
     hooks = [conv.register_forward_hook(record) for conv in convs.values()]
     try:
         with eval_mode(backbone), torch.enable_grad():
-            backbone(image.clone())  # a copy, because a network may change its input in place
+            features = backbone(image.clone())  # a copy, because a network may change its input in place
     except (RuntimeError, AssertionError, ValueError):  # a size that the network does not take
-        return "definition order", {name: index for index, name in enumerate(convs)}
+        return "definition order", {name: index for index, name in enumerate(convs)}, len(convs)
     finally:
         for hook in hooks:
             hook.remove()
-    lengths = _longest_paths([node for node in nodes.values() if node is not None], image)
+    ends = [node for node in (*nodes.values(), features.grad_fn) if node is not None]
+    lengths = _longest_paths(ends, image)
     found = {name: lengths.get(node) for name, node in nodes.items()}
-    depths = {name: length for name, length in found.items() if length is not None}
-    if len(depths) < len(nodes):  # where the network cuts its graph
-        return "execution order", {name: index for index, name in enumerate(nodes)}
-    return "graph", depths
+    before = {name: length - 2 for name, length in found.items() if length is not None}  # itself and the copy
+    if len(before) < len(nodes):  # where the network cuts its graph
+        return "execution order", {name: index for index, name in enumerate(nodes)}, len(nodes)
+    return "graph", before, (lengths.get(features.grad_fn) or 1) - 1
 
 
 def _longest_paths(nodes: list[Any], leaf: Tensor) -> dict[Any, int | None]:

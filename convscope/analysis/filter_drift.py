@@ -10,6 +10,7 @@ so that histograms of later checkpoints or of a stream have the same bins, and e
 
 import hashlib
 import math
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ class Basis:
 
     def coefficients(self, filters: Array) -> Array:
         """Coefficients (n, d) of peak-normalised filters (n, d)."""
-        found: Array = (filters - self.mean) @ self.components.T
+        centred = np.ascontiguousarray((filters - self.mean).T)  # (d, n): BLAS is ten times as fast this way round
+        found: Array = (self.components @ centred).T
         return found
 
 
@@ -91,7 +93,7 @@ def load_basis(path: Path) -> dict[str, Basis]:
                 )
                 for size in sizes
             }
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no basis; give the filters.npz of an earlier analysis") from error
     if not found:
         raise UserError(f"{path} holds no basis; give the filters.npz of an earlier analysis")
@@ -164,18 +166,21 @@ class CoefficientCounts:
 
     def update(self, filters: Filters) -> NDArray[np.int64]:
         """Count raw or folded filters, which are peak-normalised here; returns their own counts (d, bins)."""
-        low, high = self.bins.low, self.bins.high
         fine = np.zeros_like(self.fine)
         for chunk in chunks(filters):
-            found = self.basis.coefficients(peak_normalised(chunk)).clip(low, high)
-            for component, values in enumerate(np.ascontiguousarray(found.T)):
-                fine[component] += np.histogram(values, fine.shape[1], (low, high))[0]
-            cells = ((found[:, :2] - low) * (GRID / (high - low))).astype(np.int64).clip(max=GRID - 1)
-            first, second = cells[:, 0], cells[:, -1]
-            self.density += np.bincount(first * GRID + second, minlength=GRID**2).reshape(GRID, GRID)
+            found = self.basis.coefficients(peak_normalised(chunk)).T  # (d, n)
+            for component, cells in enumerate(self._cells(found, fine.shape[1])):
+                fine[component] += np.bincount(cells, minlength=fine.shape[1])
+            pair = self._cells(found[:2], GRID)
+            np.add.at(self.density.reshape(-1), pair[0] * GRID + pair[-1], 1)
         self.fine += fine
         counts: NDArray[np.int64] = fine.reshape(len(fine), self.bins.count, FINE).sum(axis=2)
         return counts
+
+    def _cells(self, coefficients: Array, count: int) -> NDArray[np.int64]:
+        """Which of `count` cells over the bins' range each coefficient falls into; outside of it, the outermost."""
+        low, high = self.bins.low, self.bins.high
+        return ((coefficients - low) * (count / (high - low))).clip(0, count - 1).astype(np.int64)
 
     def merge(self, other: "CoefficientCounts") -> None:
         """Add what another one of the same basis and bins has counted."""

@@ -6,7 +6,7 @@ takes NumPy arrays or torch tensors, a chunk at a time where the number of filte
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ class FilterMoments:
     """
 
     def __init__(self, dimension: int) -> None:
-        self.count = 0.0  # a float, for `balanced` parts
+        self.count = 0
         self.mean: Array = np.zeros(dimension)  # (d,)
         self.scatter: Array = np.zeros((dimension, dimension))  # (d, d): sum of (x - mean)(x - mean)'
 
@@ -58,7 +58,7 @@ class FilterMoments:
                 raise UserError(f"filters have {chunk.shape[1]} weights each, the earlier ones {self.dimension}")
             mean = np.ones(len(chunk)) @ chunk / len(chunk)
             chunk -= mean
-            self._add(float(len(chunk)), mean, chunk.T @ chunk)
+            self._add(len(chunk), mean, chunk.T @ chunk)
 
     def merge(self, other: "FilterMoments") -> None:
         """Add what another accumulator has seen.
@@ -70,17 +70,10 @@ class FilterMoments:
             raise UserError(f"filters have {other.dimension} weights each, the earlier ones {self.dimension}")
         self._add(other.count, other.mean, other.scatter)
 
-    def balanced(self) -> "FilterMoments":
-        """The same filters with a weight of 1 all together, so that merged layers count alike."""
-        part = FilterMoments(self.dimension)
-        if self.count:
-            part.count, part.mean, part.scatter = 1.0, self.mean.copy(), self.scatter / self.count
-        return part
-
     @property
     def covariance(self) -> Array:
         """Covariance (d, d) with the divisor n; zero where there is no filter."""
-        return self.scatter / max(self.count, 1.0)
+        return self.scatter / max(self.count, 1)
 
     @property
     def alike(self) -> bool:
@@ -100,7 +93,7 @@ class FilterMoments:
         """
         return 0.0 if self.alike else entropy_of(np.linalg.eigvalsh(self.scatter))
 
-    def _add(self, count: float, mean: Array, scatter: Array) -> None:
+    def _add(self, count: int, mean: Array, scatter: Array) -> None:
         total = self.count + count
         if total == 0:
             return
@@ -237,7 +230,7 @@ def verdict(
     The published limits are for 3x3 kernels; for others the entropies are taken as shares of their maximum log10 d.
     A pointwise layer has no pattern to judge, and a layer of one filter none to compare.
     """
-    count, dimension = round(moments.count), moments.dimension
+    count, dimension = moments.count, moments.dimension
     if not np.any(moments.mean) and not np.any(moments.scatter):
         return "zero"
     if dimension == 1 or count < 2:
@@ -260,12 +253,6 @@ def is_random(entropy: float, count: int, dimension: int = 9, margin: float = MA
 def _relative(dimension: int) -> float:
     """The largest entropy of filters of this size as a multiple of 3x3 ones'."""
     return math.log10(dimension) / MAXIMUM_3X3
-
-
-def sparsity_sweep(filters: Filters, ratios: Sequence[float]) -> list[float]:
-    """Sparsity at several ratios, the filters read once."""
-    largest = peaks(filters)
-    return [sparsity_of(largest, ratio) for ratio in ratios]
 
 
 def _signed(components: Array) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convscope.analysis.conv_layers import ConvLayer
+from convscope.analysis.conv_layers import Layer
 from convscope.analysis.filter_drift import (
     Basis,
     Bins,
@@ -29,6 +29,7 @@ from convscope.analysis.filter_statistics import (
     SPARSE,
     FilterMoments,
     Kind,
+    as_rows,
     chunks,
     entropy_threshold,
     orthogonality,
@@ -68,6 +69,10 @@ class FiltersConfig:
             raise UserError(f"filters: seed must be at least 0, got {self.seed}")
 
 
+class NotFiniteError(UserError):
+    """A layer that nothing can be said of."""
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """The figures of one layer."""
@@ -94,23 +99,18 @@ class LayerStatistics:
         return self.moments.dimension
 
 
-def layer_statistics(layer: ConvLayer, config: FiltersConfig) -> LayerStatistics:
+def layer_statistics(layer: Layer, config: FiltersConfig) -> LayerStatistics:
     """Measure a layer.
 
     Raises:
-        UserError: weights that are not finite.
+        NotFiniteError: weights that are not finite.
     """
-    filters = layer.filters
+    weight = layer.weight  # once: it may be on disk
+    filters = as_rows(weight)
     dimension = filters.shape[1]
-    raw, normalised = FilterMoments(dimension), FilterMoments(dimension)
-    largest: list[Array] = []
-    for chunk in chunks(filters):
-        largest.append(peaks(chunk))
-        raw.update(chunk)
-        normalised.update(chunk / np.where(largest[-1] == 0, 1.0, largest[-1])[:, None])
-    peak = np.concatenate(largest)
+    raw, normalised, peak = filter_moments(filters)
     if not np.isfinite(peak).all():
-        raise UserError(f"filters: the weights of {layer.name} are not finite; the training may have diverged")
+        raise NotFiniteError(f"filters: the weights of {layer.name} are not finite; the training may have diverged")
     sparsity = sparsity_of(peak, config.sparse_ratio)
     judged = normalised if config.normalise else raw
     return LayerStatistics(
@@ -119,17 +119,28 @@ def layer_statistics(layer: ConvLayer, config: FiltersConfig) -> LayerStatistics
         depth=layer.depth,
         depth_norm=layer.depth_norm,
         filters=len(filters),
-        out_channels=layer.weight.shape[0],
+        out_channels=weight.shape[0],
         groups=layer.groups,
         entropy=raw.variance_entropy(),
         entropy_normalised=normalised.variance_entropy(),
         threshold=entropy_threshold(len(filters), dimension),
         sparsity=sparsity,
         sparsities=tuple(sparsity_of(peak, ratio) for ratio in config.sparse_ratios),
-        orthogonality=orthogonality(layer.weight),
+        orthogonality=orthogonality(weight),
         kind=verdict(judged, sparsity, margin=config.margin, high_sparsity=config.high_sparsity),
         moments=normalised,
     )
+
+
+def filter_moments(filters: Array) -> tuple[FilterMoments, FilterMoments, Array]:
+    """Moments of filters (n, d) as they are and each divided by its largest weight, and those largest weights (n,)."""
+    raw, normalised = FilterMoments(filters.shape[1]), FilterMoments(filters.shape[1])
+    largest: list[Array] = []
+    for chunk in chunks(filters):
+        largest.append(peaks(chunk))
+        raw.update(chunk)
+        normalised.update(chunk / np.where(largest[-1] == 0, 1.0, largest[-1])[:, None])
+    return raw, normalised, np.concatenate(largest)
 
 
 @dataclass(frozen=True)
@@ -196,9 +207,7 @@ def pooled_moments(statistics: Iterable[LayerStatistics], size: str) -> FilterMo
     return pooled
 
 
-def compare(
-    networks: Mapping[str, Iterable[ConvLayer]], size: str, basis: Basis, *, published: bool = False
-) -> Comparison:
+def compare(networks: Mapping[str, Iterable[Layer]], size: str, basis: Basis, *, published: bool = False) -> Comparison:
     """Count the coefficients of networks' filters of one size, one layer at a time.
 
     Args:

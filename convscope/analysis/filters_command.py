@@ -5,17 +5,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from convscope.analysis.common import load_models, one_or_all
-from convscope.analysis.conv_layers import ConvLayers, conv_layers
+from convscope.analysis.conv_layers import ConvLayers, Layers, conv_layers
+from convscope.analysis.filter_db import FilterDatabase, open_filter_db
+from convscope.analysis.filter_db_layers import database_record, stored_layers
 from convscope.analysis.filter_drift import Basis, load_basis
 from convscope.analysis.filters import (
     Comparison,
     FiltersConfig,
     LayerStatistics,
+    NotFiniteError,
     compare,
     layer_statistics,
     pooled_basis,
@@ -34,7 +37,11 @@ class FiltersCommand(FiltersConfig):
     """Convolution filters: how many are used, how much they differ, and how far models lie apart."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """One or more MODELs."""
+    """One or more MODELs; none with --db."""
+    db: Path | None = None
+    """Database of filters (export filter-db, or CNN Filter DB's) in the place of MODELs; it may exceed memory."""
+    by: str | None = None
+    """Column of the database's table whose values are compared, such as Task or model."""
     size: str = "auto"
     """Kernel size of the plots and summary, such as 3x3; auto: the one that most models and layers have,
     1x1 aside."""
@@ -59,37 +66,53 @@ class FiltersCommand(FiltersConfig):
         super().__post_init__()
         if self.size != "auto" and not re.fullmatch(r"\d+x\d+", self.size):
             raise UserError(f"filters: --size is auto or such as 3x3, got {self.size!r}")
+        if self.by is not None and self.db is None:
+            raise UserError("filters: --by names a column of a database; add --db FILE.h5")
+        if self.db is not None and (self.models or self.untrained or self.fold_bn):
+            raise UserError("filters: --db takes no MODELs, --untrained or --fold-bn; export filter-db adds them to it")
 
 
 def run(config: FiltersCommand) -> None:
     """Load the models, measure, write the files and print the summary."""
-    backbones = load_models(
-        _moments(config.models) if config.trajectory else config.models,
-        arch=config.arch,
-        allow_partial=config.allow_partial,
-        untrained_seed=config.seed if config.untrained else None,
-    )
-    result = evaluate(backbones, config)
+    if config.db is not None:
+        with open_filter_db(config.db) as database:
+            result = evaluate_db(database, config)
+    else:
+        backbones = load_models(
+            _moments(config.models) if config.trajectory else config.models,
+            arch=config.arch,
+            allow_partial=config.allow_partial,
+            untrained_seed=config.seed if config.untrained else None,
+        )
+        result = evaluate(backbones, config)
     print(summary(result))
     info(f"filters: wrote {config.output_dir}/filters.json, .npz, .csv and plots (filters-*.png, .svg)")
 
 
 def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalResult:
     """Measure labelled backbones, write the files, and return the result."""
-    report = measure(backbones, config)
     records = {label: model_record(backbone) for label, backbone in backbones.items()}
-    result = EvalResult(
-        task="filters",
-        protocol="filter-db/1" if config.compat == "filter-db" else "filters/1",
-        model=one_or_all(records, {"source": ", ".join(records)}),
-        data={"size": report.size, "weights": "BatchNorm folded" if config.fold_bn else "as stored"},
-        preprocessing={},
-        figures=figures(report),
-        details=details(report),
-        seed=config.seed,
-    )
-    write(config.output_dir, result, report)
-    return result
+    weights = "BatchNorm folded" if config.fold_bn else "as stored"
+    model = one_or_all(records, {"source": ", ".join(records)})
+    return _written(measure(backbones, config), model, {"weights": weights}, config)
+
+
+def evaluate_db(database: FilterDatabase, config: FiltersCommand) -> EvalResult:
+    """The same for the layers of a database, read one at a time and grouped by the column `config.by`.
+
+    Raises:
+        UserError: no such column or size; a damaged file.
+    """
+    networks = stored_layers(database, config.by)
+    statistics: dict[str, list[LayerStatistics]] = {}
+    for label, layers in networks.items():
+        unfit: list[str] = []
+        statistics[label] = _statistics(label, layers, config, unfit)
+        if unfit:
+            info(f"note: {label}: the weights of {', '.join(unfit)} are not finite; left out")
+            networks[label] = layers.without(unfit)
+    data = {"database": str(database.path), "by": config.by, "weights": "as in the database"}
+    return _written(_compared(networks, statistics, config), database_record(database), data, config)
 
 
 def measure(backbones: Mapping[str, Backbone], config: FiltersCommand) -> FiltersReport:
@@ -99,16 +122,50 @@ def measure(backbones: Mapping[str, Backbone], config: FiltersCommand) -> Filter
         UserError: a model without convolutions larger than 1x1 or with weights that are not finite; no such size.
     """
     networks = {label: _layers(label, backbone, config) for label, backbone in backbones.items()}
-    statistics: dict[str, list[LayerStatistics]] = {}
-    for label, layers in networks.items():
-        with progress(f"filters {label}", len(layers)) as ticker:
-            statistics[label] = []
-            for layer in layers:
-                statistics[label].append(layer_statistics(layer, config))
-                ticker.advance()
+    statistics = {label: _statistics(label, layers, config) for label, layers in networks.items()}
+    return _compared(networks, statistics, config)
+
+
+def _statistics(
+    label: str, layers: Layers, config: FiltersCommand, unfit: list[str] | None = None
+) -> list[LayerStatistics]:
+    """Measure every layer; the names of those that are not finite go into `unfit`, where it is given."""
+    found: list[LayerStatistics] = []
+    with progress(f"filters {label}", len(layers)) as ticker:
+        for layer in layers:
+            try:
+                found.append(layer_statistics(layer, config))
+            except NotFiniteError:
+                if unfit is None:
+                    raise
+                unfit.append(layer.name)
+            ticker.advance()
+    return found
+
+
+def _compared(
+    networks: Mapping[str, Layers], statistics: Mapping[str, list[LayerStatistics]], config: FiltersCommand
+) -> FiltersReport:
     size = main_size(statistics, config.size)
     comparisons = _comparisons(networks, statistics, size, config)
     return FiltersReport(config, size, networks, statistics, comparisons, config.trajectory)
+
+
+def _written(
+    report: FiltersReport, model: Mapping[str, Any], data: Mapping[str, Any], config: FiltersCommand
+) -> EvalResult:
+    result = EvalResult(
+        task="filters",
+        protocol="filter-db/1" if config.compat == "filter-db" else "filters/1",
+        model=model,
+        data={"size": report.size, **data},
+        preprocessing={},
+        figures=figures(report),
+        details=details(report),
+        seed=config.seed,
+    )
+    write(config.output_dir, result, report)
+    return result
 
 
 def main_size(statistics: Mapping[str, list[LayerStatistics]], wanted: str) -> str:
@@ -144,7 +201,7 @@ def _layers(label: str, backbone: Backbone, config: FiltersCommand) -> ConvLayer
 
 
 def _comparisons(
-    networks: Mapping[str, ConvLayers],
+    networks: Mapping[str, Layers],
     statistics: Mapping[str, list[LayerStatistics]],
     size: str,
     config: FiltersCommand,

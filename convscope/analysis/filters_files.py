@@ -61,7 +61,7 @@ def _arrays(report: FiltersReport) -> dict[str, Any]:
 def _component_rows(report: FiltersReport) -> Iterator[list[Any]]:
     for label in report.labels:
         found = report.eigenfilters(label)
-        for component, (explained, weights) in enumerate(zip(found.explained, found.components)):
+        for component, (explained, weights) in enumerate(zip(found.explained, found.components[:SHOWN])):
             yield [label, component, explained, *weights]
 
 
@@ -88,26 +88,33 @@ def _pictures(report: FiltersReport) -> Iterator[tuple[str, Picture]]:
     yield "eigenfilters", draw_eigenfilters(rows)
     span = (main.bins.low, main.bins.high)
     yield "coefficients", draw_ridges(_ridges(report), span, ordered=len(labels) == 1 or report.trajectory)
-    if main.basis.dimension > 1:
-        panels = [DensityPanel(label, main.distributions[label].total.density) for label in labels]
-        yield "density", draw_densities(panels, span)
-    between = main.drifts()
-    upper = np.triu_indices(len(labels), 1)
-    depths = {label: main.depth_drifts(label) for label in labels}
-    boxes = {f"depths of {label}": _pairs_of(matrix) for label, matrix in depths.items()}
-    if len(labels) > 1:
-        boxes = {"between models": between[upper], **boxes}
-        yield "drift", draw_drift(labels, between, boxes, sort=not report.trajectory)
-    else:
-        tenths = [f"{tenth / 10:g}-{(tenth + 1) / 10:g}" for tenth in range(10)]
-        yield "drift", draw_drift(tenths, depths[labels[0]], boxes, sort=False, numbered=False)
-    bars = [DepthBars(label, main.from_whole(label), main.from_other(label, labels[0])) for label in labels]
-    yield "depth", draw_depth(bars)
+    panels = [DensityPanel(label, main.distributions[label].total.density) for label in labels]
+    yield "density", draw_densities(panels, span)
+    yield from _drift_pictures(report)
     if report.trajectory and len(labels) > 1:
+        between = main.drifts()
         before = [0.0, *(float(between[i, i + 1]) for i in range(len(labels) - 1))]
         entropies = [float(np.mean([report.entropy(layer) for layer in report.layers(label)])) for label in labels]
         sparsities = [float(np.mean([layer.sparsity for layer in report.layers(label)])) for label in labels]
         yield "training", draw_training(report.steps(), between[0], before, entropies, sparsities)
+
+
+def _drift_pictures(report: FiltersReport) -> Iterator[tuple[str, Picture]]:
+    """None where there is one model whose layers lie in one tenth of its depth."""
+    main, labels = report.main, report.labels
+    depths = {label: main.depth_drifts(label) for label in labels}
+    boxes = {f"depths of {label}": _pairs_of(matrix) for label, matrix in depths.items()}
+    if len(labels) > 1:
+        between = main.drifts()
+        boxes = {"between models": _pairs_of(between), **boxes}
+        yield "drift", draw_drift(labels, between, boxes, sort=not report.trajectory)
+    elif len(_pairs_of(depths[labels[0]])):
+        tenths = [f"{tenth / 10:g}-{(tenth + 1) / 10:g}" for tenth in range(10)]
+        yield "drift", draw_drift(tenths, depths[labels[0]], boxes, sort=False, numbered=False)
+    else:
+        return
+    bars = [DepthBars(label, main.from_whole(label), main.from_other(label, labels[0])) for label in labels]
+    yield "depth", draw_depth(bars)
 
 
 def _series(report: FiltersReport, label: str) -> LayerSeries:

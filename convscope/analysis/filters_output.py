@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convscope.analysis.conv_layers import ConvLayers
+from convscope.analysis.conv_layers import Layers
 from convscope.analysis.filter_drift import layer_drift
 from convscope.analysis.filter_statistics import DEGENERATE, MEANINGS, Eigenfilters, Kind, is_random
 from convscope.analysis.filters import Comparison, FiltersConfig, LayerStatistics, pooled_moments
@@ -27,7 +27,7 @@ class FiltersReport:
 
     config: FiltersConfig
     size: str  # of the kernels that the summary and plots are of
-    networks: Mapping[str, ConvLayers]
+    networks: Mapping[str, Layers]
     statistics: Mapping[str, list[LayerStatistics]]
     comparisons: Mapping[str, Comparison]  # by size, the main one first
     trajectory: bool
@@ -139,7 +139,7 @@ def _model(report: FiltersReport, label: str) -> dict[str, Any]:
     return {
         "depth_from": network.depth_from,
         "unreached": list(network.unreached),
-        "folded": [layer.name for layer in network if layer.folded],
+        "folded": list(network.folded),
         "degenerate": [{"layer": layer.name, "kind": layer.kind, "meaning": MEANINGS[layer.kind]} for layer in judged],
         "random layers by margin": {str(margin): _random(report, label, margin) for margin in MARGINS},
         "layers": [dict(zip(layer_header(report), row[1:])) for row in layer_rows(report, label)],

@@ -82,6 +82,7 @@ class Backbone(nn.Module):
         self.matched = matched  # share of the backbone's weights that the checkpoint provided
         self.absent = tuple(absent)  # weights it rightly lacks, at their initial values: see weights_match
         self.origin = Origin()
+        self.classifier: dict[str, Tensor] = {}  # what the file had beside the backbone, under timm's keys
         self.stages = tuple(
             Stage(info["module"], info["num_chs"], int(info["reduction"])) for info in _feature_info(model, arch)
         )
@@ -208,6 +209,13 @@ def preprocessing_from(data: Mapping[str, Any], model_args: ModelArgs | None = N
         crop_pct=float(data["crop_pct"]),
         crop_mode=str(data["crop_mode"]),
     )
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Modules of a timm network that are its classifiers; two in networks trained by distillation."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    names = config.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _feature_info(model: nn.Module, arch: str) -> list[dict[str, Any]]:

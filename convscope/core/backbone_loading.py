@@ -43,6 +43,7 @@ def load_weights(
     _require_padding(match, backbone, file.path)
     backbone.model.load_state_dict(match.weights, strict=False)
     backbone.source, backbone.matched, backbone.absent = source, match.share, tuple(match.absent)
+    backbone.classifier = match.classifier
     backbone.preprocessing, prepared_by = _preprocessing(backbone, match, file.path, recipe, "img_size" in given)
     backbone.origin = Origin(
         layout=match.layout.name,

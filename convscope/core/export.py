@@ -9,6 +9,7 @@ from convscope.core.config import parse_assignments
 from convscope.core.models import load_backbone, save_backbone
 from convscope.core.pairs.model import load_image_text
 from convscope.core.pairs.open_clip_format import export_open_clip
+from convscope.core.reparameterization import reparameterized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,9 @@ class ExportBackbone:
     """Its arguments, such as depths=2,2,6,2."""
     allow_partial: float = 1.0
     """Accepted share of the backbone's weights that a checkpoint provides."""
+    reparameterize: bool = False
+    """Merge parallel branches and BatchNorm into single convolutions that compute the same, for inference
+    (UniRepLKNet, RepLKNet, timm's FastViT)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ def run_backbone(config: ExportBackbone) -> None:
     """Load, write and name the file."""
     arguments = parse_assignments(config.model_args)
     backbone = load_backbone(config.model, arch=config.arch, model_args=arguments, allow_partial=config.allow_partial)
-    save_backbone(config.output, backbone)
+    save_backbone(config.output, reparameterized(backbone) if config.reparameterize else backbone)
     print(config.output)
 
 

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
+from convscope.core.backbone import classifier_names
 from convscope.core.checkpoint_layouts import LAYOUTS, Layout
 from convscope.core.weights_file import State, first_names
 
@@ -37,6 +37,7 @@ class Match:
     left_over: list[str]
     absent: list[str]  # rightly missing: see CLASSIFIER_NORM
     dropped: list[str]  # keys of the file that the layout knows to be of training only, and its classifier
+    classifier: State = field(repr=False)  # under timm's keys
 
     @property
     def complete(self) -> bool:
@@ -120,6 +121,7 @@ def _compare(
         left_over=[key for key in extra if key not in classifier] + unknown,
         absent=absent,
         dropped=[*dropped, *classifier],
+        classifier={key: state[key] for key in classifier},
     )
 
 
@@ -143,7 +145,5 @@ def _rows_differ(own: Tensor, fitted: Tensor) -> bool:
 
 
 def _of_classifier(key: str, network: nn.Module) -> bool:
-    config: Any = getattr(network, "pretrained_cfg", None) or {}
-    names = config.get("classifier") or ()
-    heads = {"head", *([names] if isinstance(names, str) else names)}
+    heads = {"head", *classifier_names(network)}
     return key.startswith(CLASSIFIERS) or key.rpartition(".")[0] in heads

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import progress
+from convscope.core.neighbours import neighbours
 from convscope.core.results import Figure
+from convscope.core.softmax_regression import softmax_regression
 from convscope.eval.best_layer import settings_of
 from convscope.eval.classes import labelled, rank_of_truth
 from convscope.eval.common import (
@@ -31,8 +33,6 @@ from convscope.eval.common import (
 )
 from convscope.eval.features import Features
 from convscope.eval.knn import vote_ranks
-from convscope.eval.neighbours import neighbours
-from convscope.eval.softmax_regression import softmax_regression
 
 TASK = "few-shot"
 PROTOCOL = "few-shot/1"

@@ -13,6 +13,7 @@ from convscope.core.data.shard_set import ShardSet
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import info
+from convscope.core.neighbours import neighbours
 from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.best_layer import settings_of
 from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth
@@ -30,7 +31,7 @@ from convscope.eval.common import (
     save_at,
 )
 from convscope.eval.features import Features
-from convscope.eval.neighbours import NeighbourSettings, neighbours
+from convscope.eval.neighbours import NeighbourSettings
 
 TASK = "knn"
 PROTOCOL = "dino-vote/1"

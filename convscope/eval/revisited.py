@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convscope.core.errors import UserError
 from convscope.core.files import read_json
-from convscope.eval.plain_pickle import read_plain_pickle
+from convscope.core.plain_pickle import read_plain_pickle
 
 Level = Literal["easy", "medium", "hard"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convscope.core.errors import UserError
-from convscope.eval.neighbours import neighbours
+from convscope.core.neighbours import neighbours
 from convscope.eval.ranking import ROWS
 
 IndexKind = Literal["flat", "ivf", "pq", "ivf-pq", "hnsw"]

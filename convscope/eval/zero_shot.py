@@ -1,6 +1,5 @@
 """Zero-shot classification: the nearest class name, in words, of every image (Radford et al. 2021, sec. 3.1)."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,10 +11,10 @@ from convscope.core.data.shard_set import ShardSet, open_shards
 from convscope.core.data.subset import read_labels
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
-from convscope.core.files import read_bytes
 from convscope.core.memory import keep_freed_memory
-from convscope.core.pairs.embed import SIMPLE, embed_classes, embed_images
+from convscope.core.pairs.embed import embed_classes, embed_images
 from convscope.core.pairs.pair import load_pair
+from convscope.core.pairs.prompts import template_list, text_lines
 from convscope.core.results import EvalResult
 from convscope.eval.classes import accuracies, hits_of, rank_of_truth
 from convscope.eval.common import EvalSettings, percent, print_table, require_at_least, require_file_name, save_at
@@ -113,32 +112,7 @@ def class_names(source: str | None, shards: ShardSet) -> list[str]:
 
         return list(IMAGENET_CLASSNAMES)
     if source is not None:
-        return _lines(source)
+        return text_lines(source)
     if not shards.classes:
         raise UserError(f"{shards.source} names no classes; give a file with --classes, a name a line")
     return shards.classes
-
-
-def template_list(source: str) -> list[str]:
-    """Sentences with {} in place of a class name.
-
-    Raises:
-        UserError: a line without {}.
-    """
-    if source == "simple":
-        return list(SIMPLE)
-    if source == "imagenet":
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
-    templates = _lines(source)
-    if wrong := [line for line in templates if "{}" not in line]:
-        raise UserError(f"{source}: {wrong[0]!r} has no {{}} for the name of a class")
-    return templates
-
-
-def _lines(path: str) -> list[str]:
-    lines: Sequence[str] = read_bytes(Path(path)).decode(errors="replace").splitlines()
-    if not (found := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"{path} is empty")
-    return found

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from convscope.plots.theme import COLOURS, INK, MUTED, Picture, colour, sheet, wrap
@@ -141,6 +142,7 @@ def draw_training(
         bottom.plot(steps, sparsity, color=colour(3), marker="D", markersize=4.5, label="sparsity")
         bottom.set_ylabel("mean over layers")
         bottom.set_xlabel("training step")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         bottom.set_ylim(-0.03, None)
         for axis in (top, bottom):
             axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0)

@@ -13,6 +13,9 @@ from convscope.plots.theme import INK, MARKERS, MUTED, Picture, colour, line, sh
 
 Array = NDArray[Any]
 SIGNED_SIDE = 5  # kernels up to this side have room for a sign in every cell
+MANY = 200  # layers from which medians and bands take the place of points
+BANDED = 6  # models up to which bands can be told apart
+BANDS = 20  # parts of the depth
 UNIT_WEIGHTS = 9  # up to so many weights a filter, the colours span -1 to 1
 
 
@@ -39,14 +42,20 @@ class EigenfilterRow:
 
 
 def draw_layers(series: Sequence[LayerSeries], size: str) -> Picture:
-    """Variance entropy with random filters', sparsity and orthogonality over depth; rings mark degenerate layers."""
+    """Variance entropy with random filters', sparsity and orthogonality over depth; rings mark degenerate layers.
+
+    Of very many layers, as of a database, medians and bands are drawn.
+    """
     with sheet(7.4, 6.9 + 0.2 * len(series), h_pad=0.06) as figure:
         axes = figure.subplots(3, 1, sharex=True)
         for index, one in enumerate(series):
             for axis, values in zip(axes, (one.entropy, one.sparsity, one.orthogonality)):
-                _series(axis, index, one, values)
-            order = np.argsort(one.depth, kind="stable")
-            axes[0].plot(one.depth[order], one.threshold[order], color=INK, linewidth=1.0, linestyle=(0, (1, 1.6)))
+                _series(axis, index, one, values, band=len(series) <= BANDED)
+            depth, (threshold,) = _banded(one.depth, one.threshold, [50])
+            if len(one.depth) < MANY:
+                order = np.argsort(one.depth, kind="stable")
+                depth, threshold = one.depth[order], one.threshold[order]
+            axes[0].plot(depth, threshold, color=INK, linewidth=1.0, linestyle=(0, (1, 1.6)))
         height, width = (int(side) for side in size.split("x"))
         axes[0].set_ylabel("variance entropy")
         axes[0].set_ylim(-0.03, 1.06 * math.log10(height * width))
@@ -60,9 +69,25 @@ def draw_layers(series: Sequence[LayerSeries], size: str) -> Picture:
         return Picture(figure)
 
 
-def _series(axis: Any, index: int, one: LayerSeries, values: Array) -> None:
+def _banded(depth: Array, values: Array, percentiles: Sequence[float]) -> tuple[Array, Array]:
+    """Middles of the parts of the depth that have layers (b,), and percentiles of their values (p, b)."""
+    place = (depth * BANDS).astype(int).clip(max=BANDS - 1)
+    parts = [(i, values[(place == i) & ~np.isnan(values)]) for i in range(BANDS)]
+    found = [(i, np.percentile(part, percentiles)) for i, part in parts if len(part)]
+    if not found:
+        return np.empty(0), np.empty((len(percentiles), 0))
+    return np.array([(i + 0.5) / BANDS for i, _ in found]), np.stack([each for _, each in found], axis=1)
+
+
+def _series(axis: Any, index: int, one: LayerSeries, values: Array, *, band: bool) -> None:
     order = np.argsort(one.depth, kind="stable")
     marker, shade = MARKERS[index % len(MARKERS)], colour(index)
+    if len(order) >= MANY:
+        middles, (low, median, high) = _banded(one.depth, values, [5, 50, 95])
+        axis.plot(middles, median, line(index), color=shade, marker=marker, markersize=4.5, linewidth=1.2)
+        if band:
+            axis.fill_between(middles, low, high, color=shade, alpha=0.18, linewidth=0)
+        return
     axis.plot(one.depth[order], values[order], line(index), color=shade, marker=marker, markersize=4.5, linewidth=1.2)
     bad = one.degenerate.astype(bool)
     ring = {"marker": "o", "s": 85, "facecolors": "none", "edgecolors": INK, "linewidths": 1.0, "zorder": 4}
@@ -84,7 +109,13 @@ def _layer_legend(series: Sequence[LayerSeries]) -> list[Line2D]:
     ]
     threshold = Line2D([], [], color=INK, linewidth=1.0, linestyle=(0, (1, 1.6)), label="as many random filters")
     ring: dict[str, Any] = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
-    return [*handles, threshold, Line2D([], [], label="degenerate layer", markeredgecolor=INK, **ring)]
+    handles.append(threshold)
+    if any(len(one.depth) < MANY for one in series):
+        handles.append(Line2D([], [], label="degenerate layer", markeredgecolor=INK, **ring))
+    if any(len(one.depth) >= MANY for one in series):
+        band: dict[str, Any] = {"linewidth": 8, "color": MUTED, "alpha": 0.3}
+        handles.append(Line2D([], [], label="median and 5 to 95 % of the layers, by twentieths of the depth", **band))
+    return handles
 
 
 def draw_eigenfilters(rows: Sequence[EigenfilterRow]) -> Picture:

@@ -100,6 +100,10 @@ def test_bins_follow_from_the_basis_and_hold_every_filter() -> None:
     whole.update(np.concatenate([SMOOTH, ROUGH, extreme]))
     assert (sum(parts).sum(axis=1) == 5009).all()
     assert counter.density.sum() == 5009
+    other = CoefficientCounts(basis, default_bins(basis))
+    other.merge(counter)
+    assert (other.fine == counter.fine).all()
+    assert (other.density == counter.density).all()
     assert (counter.fine == whole.fine).all()
     assert (counter.density == whole.density).all()
     assert (counter.fine.reshape(9, 71, -1).sum(axis=2) == sum(parts)).all()
@@ -173,7 +177,8 @@ def test_basis_survives_its_file_and_has_a_hash(tmp_path: Path) -> None:
     assert replace(basis, reach=basis.reach + 1e-9).hash != basis.hash
     np.savez(tmp_path / "other.npz", x=np.zeros(2))
     (tmp_path / "text.npz").write_text("no")
-    for name in ("other.npz", "text.npz", "absent.npz"):
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "filters.npz").read_bytes()[:-40])
+    for name in ("other.npz", "text.npz", "cut.npz", "absent.npz"):
         with pytest.raises(UserError, match="holds no basis"):
             load_basis(tmp_path / name)
 

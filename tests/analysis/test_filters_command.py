@@ -11,6 +11,7 @@ import torch
 from convscope.analysis.common import load_models
 from convscope.analysis.filter_drift import basis_arrays
 from convscope.analysis.filters_command import FiltersCommand, _moments, main_size, measure, run
+from convscope.analysis.filters_files import _drift_pictures
 from convscope.analysis.filters_output import FiltersReport, details, figures
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.errors import UserError
@@ -122,6 +123,7 @@ def test_depths_drift_from_the_whole_and_from_the_first_model() -> None:
     assert lone.main.from_whole("v")[0] == 0  # its only layer
     assert np.isnan(lone.main.from_whole("v")[1:]).all()
     assert "degenerate layers" in figures(lone)
+    assert list(_drift_pictures(lone)) == []  # nothing to compare
 
 
 def test_other_sizes_are_compared_too() -> None:

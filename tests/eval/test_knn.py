@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from convscope.core.errors import UserError
+from convscope.core.neighbours import neighbours, search_faiss, search_torch
 from convscope.core.results import load_result
 from convscope.eval.features import Features
 from convscope.eval.knn import KnnCommand, KnnConfig, knn, nearest, preset, run, vote_ranks
-from convscope.eval.neighbours import neighbours, search_faiss, search_torch
 
 CPU = torch.device("cpu")
 
@@ -96,7 +96,7 @@ def test_faiss_and_torch_find_the_same() -> None:
 def test_search_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = clusters(50, 5, 0).x, clusters(11, 5, 1).x
     whole = search_torch(train, test, 4, CPU)
-    monkeypatch.setattr("convscope.eval.neighbours.SIMILARITIES", 120)  # two queries at a time
+    monkeypatch.setattr("convscope.core.neighbours.SIMILARITIES", 120)  # two queries at a time
     monkeypatch.setattr("convscope.eval.knn.SCORES", 12)  # two queries at a time
     parts = search_torch(train, test, 4, CPU)
     assert torch.equal(whole[1], parts[1])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convscope.core.errors import UserError
 from convscope.core.results import load_result
+from convscope.core.softmax_regression import softmax_regression
 from convscope.eval.features import Features
 from convscope.eval.logistic_regression import (
     LogRegCommand,
@@ -19,7 +20,6 @@ from convscope.eval.logistic_regression import (
     logistic_regression,
     run,
 )
-from convscope.eval.softmax_regression import softmax_regression
 
 
 def clusters(count: int, width: int, classes: int, distance: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def test_a_path_is_the_same_as_each_alone_and_does_not_need_many_gradients() -> 
 
 
 def test_gradient_equals_autograd_and_parts_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    from convscope.eval.softmax_regression import _Problem
+    from convscope.core.softmax_regression import _Problem
 
     x, y = clusters(130, 7, 3, 0.5)
     problem = _Problem(x, y, 3)
@@ -99,14 +99,14 @@ def test_gradient_equals_autograd_and_parts_do_not_matter(monkeypatch: pytest.Mo
     loss = torch.nn.functional.cross_entropy(logits, y) + 0.15 * theta[:, :-1].square().sum()
     (gradient,) = torch.autograd.grad(loss, theta)
     for entries in (2**18, 192):  # all rows at once; 64 rows at a time
-        monkeypatch.setattr("convscope.eval.softmax_regression.ENTRIES", entries)
+        monkeypatch.setattr("convscope.core.softmax_regression.ENTRIES", entries)
         point = problem.evaluate(theta.detach(), 0.3, torch.float64)
         assert point.loss == pytest.approx(float(loss.detach()), rel=1e-12)
         torch.testing.assert_close(point.gradient, gradient, rtol=1e-10, atol=1e-12)
 
 
 def test_curvature_where_all_shares_are_equal_is_the_hessian() -> None:
-    from convscope.eval.softmax_regression import _Problem
+    from convscope.core.softmax_regression import _Problem
 
     x, y = clusters(90, 5, 3, 0.5)
     problem = _Problem(x, y, 3)
@@ -125,7 +125,7 @@ def test_curvature_where_all_shares_are_equal_is_the_hessian() -> None:
 
 
 def test_loss_of_certain_samples_is_exact() -> None:
-    from convscope.eval.softmax_regression import _Problem
+    from convscope.core.softmax_regression import _Problem
 
     x = torch.tensor([[1.0], [-1.0]])
     problem = _Problem(x, torch.tensor([1, 0]), 2)

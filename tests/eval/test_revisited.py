@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from convscope.core.errors import UserError
-from convscope.eval.plain_pickle import read_plain_pickle
+from convscope.core.plain_pickle import read_plain_pickle
 from convscope.eval.revisited import (
     LEVELS,
     LandmarkQuery,

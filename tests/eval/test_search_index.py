@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from convscope.core import neighbours as module
 from convscope.core.errors import UserError
-from convscope.eval import neighbours as module
+from convscope.core.neighbours import neighbours
 from convscope.eval import search_index
-from convscope.eval.neighbours import neighbours
 from convscope.eval.search_index import IndexSettings, build_index, recall_against_exact
 
 CPU = torch.device("cpu")

@@ -14,11 +14,12 @@ from convscope.core.data.transforms import Normalize, eval_transform
 from convscope.core.errors import UserError
 from convscope.core.pairs.embed import embed_classes
 from convscope.core.pairs.model import ImageText, save_image_text
+from convscope.core.pairs.prompts import template_list
 from convscope.core.results import load_result
 from convscope.eval.image_text import over_images
 from convscope.eval.retrieval import RetrievalCommand
 from convscope.eval.retrieval import run as run_retrieval
-from convscope.eval.zero_shot import ZeroShotCommand, run, template_list
+from convscope.eval.zero_shot import ZeroShotCommand, run
 from tests.core.data.tars import png, write_tar
 from tests.core.pairs.test_model import pair
 

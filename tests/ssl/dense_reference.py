@@ -11,6 +11,8 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
+from convscope.backbones.tvconv import TVConv
+
 SE = (SEModule, SqueezeExcite)
 
 
@@ -23,7 +25,7 @@ class DenseMasked:
         for name, module in network.named_modules():
             if any(name.startswith(f"{outer}.") for outer in inside):
                 continue
-            if isinstance(module, (*SE, EcaModule)):
+            if isinstance(module, (*SE, EcaModule, TVConv)):
                 inside.append(name)
             forward = self._forward_of(module)
             if forward is not None:
@@ -48,7 +50,7 @@ class DenseMasked:
             return functools.partial(self._squeeze_excite, module)
         if isinstance(module, EcaModule):
             return functools.partial(self._eca, module)
-        if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+        if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, TVConv)):
             stock = module.forward
             return lambda x: self._masked(stock(x))
         if isinstance(module, nn.Linear):

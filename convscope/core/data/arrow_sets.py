@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+from pyarrow import parquet
+
 from convscope.core.data.sources import Columns, EncodedImage, Item, Listing, suffix_of
 from convscope.core.data.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, LABEL_COLUMNS
 from convscope.core.errors import UserError
@@ -97,8 +100,6 @@ class ArrowSource:
 
     def _open_images(self, files: Sequence[Path], column: str) -> Any:
         """The column, mapped from disk: Parquet has no random access, so a copy of it is laid out as Arrow."""
-        import pyarrow
-
         chunks = []
         for number, file in enumerate(files):
             if file.suffix == ".parquet":
@@ -117,7 +118,6 @@ def _split_of(file: Path, root: Path) -> str:
 
 
 def _schema(file: Path) -> Any:
-    pyarrow, parquet = _pyarrow()
     try:
         return parquet.read_schema(file) if file.suffix == ".parquet" else _table(file).schema
     except (OSError, pyarrow.ArrowException) as error:
@@ -126,7 +126,6 @@ def _schema(file: Path) -> Any:
 
 def _table(file: Path) -> Any:
     """An Arrow file, mapped into memory: `datasets` writes streams, other tools files."""
-    pyarrow, _ = _pyarrow()
     mapped = pyarrow.memory_map(str(file))
     try:
         return pyarrow.ipc.open_stream(mapped).read_all()
@@ -136,7 +135,6 @@ def _table(file: Path) -> Any:
 
 
 def _as_arrow(file: Path, column: str, target: Path) -> Path:
-    pyarrow, parquet = _pyarrow()
     with parquet.ParquetFile(file) as source, pyarrow.OSFile(str(target), "wb") as sink:
         schema = pyarrow.schema([source.schema_arrow.field(column)])
         with pyarrow.ipc.new_stream(sink, schema) as writer:
@@ -146,7 +144,6 @@ def _as_arrow(file: Path, column: str, target: Path) -> Path:
 
 
 def _rows(files: Sequence[Path], columns: Sequence[str]) -> list[dict[str, Any]]:
-    _, parquet = _pyarrow()
     rows: list[dict[str, Any]] = []
     for file in files:
         if file.suffix == ".parquet":
@@ -169,7 +166,6 @@ def _class_names(schema: Any, label: str | None) -> list[str] | None:
 
 
 def _is_image(kind: Any) -> bool:
-    pyarrow, _ = _pyarrow()
     types = pyarrow.types
     if types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
@@ -181,12 +177,3 @@ def _suffix(data: bytes, name: str) -> str:
         return "webp"
     found = next((suffix for signature, suffix in SIGNATURES.items() if data.startswith(signature)), None)
     return found or suffix_of(name) or "jpg"
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("Arrow and Parquet files need pyarrow: pip install 'convscope[parquet]'") from error
-    return pyarrow, pyarrow.parquet

@@ -100,7 +100,7 @@ def render(index: int, *, size: int = 64, seed: int = 0) -> tuple[NDArray[np.uin
     axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
     radius = rng.uniform(0.6, 0.9)
     cx, cy = (float(shift) for shift in rng.uniform(-1, 1, 2) * (1 - radius))
-    x, y = _rotate((axis[None, :] - cx) / radius, (axis[:, None] - cy) / radius, rng.uniform(-0.8, 0.8))
+    x, y = rotate((axis[None, :] - cx) / radius, (axis[:, None] - cy) / radius, rng.uniform(-0.8, 0.8))
     distance = SHAPES[SHAPE_NAMES[scene.shape]](x, y)
     mask = np.clip(0.5 - distance * (radius * size / 2), 0, 1)[..., None]  # the edge is one pixel wide
     back = _background(scene, axis)
@@ -191,7 +191,7 @@ TEXTURE_NAMES = tuple(TEXTURES)
 def _surface(scene: Scene, x: Plane, y: Plane) -> Picture:
     """The object's two tones, laid out by its texture at a random angle, scale and phase."""
     rng = scene.rng
-    u, v = _rotate(x, y, rng.uniform(0, math.pi))
+    u, v = rotate(x, y, rng.uniform(0, math.pi))
     frequency = rng.uniform(9, 12)  # radians per radius: three to four periods across the object
     phase_u, phase_v = rng.uniform(-math.pi, math.pi, 2).tolist()
     wave = TEXTURES[TEXTURE_NAMES[scene.texture]](frequency * u + phase_u, frequency * v + phase_v)
@@ -233,7 +233,8 @@ def _blend(size: int, cells: int) -> Plane:
     return weights
 
 
-def _rotate(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
+def rotate(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
+    """Coordinates in axes that are turned by `angle`, in radians."""
     cos, sin = math.cos(angle), math.sin(angle)
     return x * cos + y * sin, y * cos - x * sin
 

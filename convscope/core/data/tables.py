@@ -73,8 +73,6 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
         else:
             separator = "\t" if suffix_of(path.name) == "tsv" else ","
             frame = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)  # "007", "NA" stay text
-    except ImportError as error:
-        raise UserError(f"reading {path} needs pyarrow: pip install 'convscope[parquet]'") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the table {path}: {str(error).splitlines()[0]}") from error
     return {str(name): frame[name].tolist() for name in frame.columns}

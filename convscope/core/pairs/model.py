@@ -1,5 +1,6 @@
 """An image tower and a text tower with one space for both, and the file that holds them."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from convscope.core.checkpoint import latest_checkpoint, load_checkpoint
 from convscope.core.config import from_dict, to_dict
 from convscope.core.errors import UserError
 from convscope.core.files import read_json, write_bytes, write_json
+from convscope.core.models import untrained_twin
 from convscope.core.pairs.pair import Pair
 from convscope.core.pairs.text_tower import TextConfig, TextTower
 from convscope.core.pairs.tokenizers import Tokenizer, restore_tokenizer
@@ -66,6 +68,15 @@ class ImageText(Pair):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) int64 -> unit vectors (B, D), float32."""
         return _unit(self.text_head(self.text(tokens)))
+
+    def untrained(self, seed: int = 0) -> "ImageText":
+        """The same pair with an image tower at its initial values, its projection too."""
+        twin = copy.deepcopy(self)
+        twin.backbone = untrained_twin(self.backbone, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            twin.image_head = _projection(twin.backbone.num_features, self.space)
+        return twin.to(self.logit_scale.device).eval()
 
     def describe(self) -> dict[str, Any]:
         """Architecture and tokenizer as plain values."""

@@ -1,5 +1,6 @@
 """open_clip's models as pairs, and pairs in open_clip's own format."""
 
+import copy
 import json
 import logging
 import tempfile
@@ -34,11 +35,12 @@ class OpenClipPair(Pair):
     Args:
         model: what open_clip makes.
         tokenizer: its own.
+        name: as `load_open_clip` takes it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, lambda texts: tokenizer(list(texts))
+        self.model, self.name, self.tokenizer = model, name, lambda texts: tokenizer(list(texts))
         self.logit_scale = model.logit_scale
         self._preprocessing = open_clip_preprocessing(model.visual.preprocess_cfg)
 
@@ -55,6 +57,15 @@ class OpenClipPair(Pair):
         """Tokens (B, L) int64 -> unit vectors (B, D), float32."""
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
+    def untrained(self, seed: int = 0) -> "OpenClipPair":
+        """The same pair with an image tower at its initial values."""
+        twin = copy.deepcopy(self)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = open_clip.create_model(_arguments(self.name)["model_name"], load_weights=False)
+        twin.model.visual = fresh.visual
+        return twin.to(self.logit_scale.device).eval()
+
 
 def load_open_clip(name: str) -> OpenClipPair:
     """A model by `NAME/PRETRAINED` (a tag of open_clip's or a weights file), or a folder in open_clip's format.
@@ -67,7 +78,7 @@ def load_open_clip(name: str) -> OpenClipPair:
         tokenizer = open_clip.get_tokenizer(_arguments(name)["model_name"])
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise UserError(f"open_clip:{name}: {str(error).splitlines()[0]}") from error
-    return OpenClipPair(model, tokenizer)
+    return OpenClipPair(model, tokenizer, name)
 
 
 def create_open_clip(name: str) -> Any:

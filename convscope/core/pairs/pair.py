@@ -34,6 +34,10 @@ class Pair(nn.Module):
         """Tokens (B, L) int64 -> unit vectors (B, D), float32."""
         raise NotImplementedError
 
+    def untrained(self, seed: int = 0) -> "Pair":
+        """The same pair with an image tower at its initial values, the floor for any comparison."""
+        raise NotImplementedError
+
     def weights_hash(self) -> str:
         """SHA-256 (first 16 hexadecimal digits) over keys, shapes and values."""
         digest = hashlib.sha256()

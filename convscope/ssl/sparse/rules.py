@@ -24,11 +24,12 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
+from convscope.backbones.tvconv import TVConv
 from convscope.core.errors import UserError
 from convscope.ssl.sparse.spatial import Axis, Chooser, Geometry, choose_form, compute_dtype, convolve, max_pool
 from convscope.ssl.sparse.units import VisibleUnits, to_map, to_rows
 
-MIXING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
+MIXING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d, TVConv)
 PER_IMAGE = (
     nn.GroupNorm,
     nn.InstanceNorm2d,
@@ -217,9 +218,9 @@ def refusal(name: str, path: str, module: nn.Module) -> UserError:
 
 
 def outermost(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
-    """All modules, but not those inside a per-image layer, which never see units."""
+    """All modules, but not those inside a per-image layer or one that makes its own weights: they never see units."""
     found = [(path, module)]
-    if not isinstance(module, PER_IMAGE):
+    if not isinstance(module, (*PER_IMAGE, TVConv)):
         for name, child in module.named_children():
             found += outermost(child, f"{path}.{name}" if path else name)
     return found

@@ -17,7 +17,7 @@ from convscope.ssl.sparse.rules import MaskContext, refusal
 from convscope.ssl.sparse.units import VisibleUnits
 
 TOLERANCE = 1e-8  # relative to the largest value, in float64
-GRID = (2, 3)
+GRID = (2, 3)  # of units; a network for one size of image gets as many as that has
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ def verify(backbone: Backbone, context: MaskContext, mask_unit: int) -> list[str
     twin, twin_context = copy.deepcopy((backbone, context))
     generator = torch.Generator().manual_seed(0)
     twin.double().eval()
-    images = torch.randn(2, 3, GRID[0] * mask_unit, GRID[1] * mask_unit, generator=generator, dtype=torch.float64)
-    everything = VisibleUnits(torch.arange(GRID[0] * GRID[1]).expand(2, -1), GRID)
+    rows, columns = grid = _grid(backbone, mask_unit)
+    images = torch.randn(2, 3, rows * mask_unit, columns * mask_unit, generator=generator, dtype=torch.float64)
+    everything = VisibleUnits(torch.arange(rows * columns).expand(2, -1), grid)
     with torch.no_grad():
         for parameter in twin.parameters():  # zero-initialised branches and 1e-6 layer scales would hide a layer
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.1)
@@ -60,6 +61,13 @@ def verify(backbone: Backbone, context: MaskContext, mask_unit: int) -> list[str
     total = sum(feature_map.sum() for feature_map in twin.feature_maps(everything.gather(images)).values())
     gradients = torch.autograd.grad(total, list(twin.parameters()), allow_unused=True)  # type: ignore[arg-type]
     return [name for (name, _), gradient in zip(twin.named_parameters(), gradients) if gradient is None]
+
+
+def _grid(backbone: Backbone, mask_unit: int) -> tuple[int, int]:
+    if not backbone.model.pretrained_cfg.get("fixed_input_size"):
+        return GRID
+    height, width = backbone.preprocessing.size
+    return height // mask_unit, width // mask_unit
 
 
 def _run(backbone: Backbone, images: Tensor) -> tuple[list[_Seen], dict[str, Tensor]]:

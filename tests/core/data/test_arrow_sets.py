@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from convscope.cli import main
 from convscope.core.data.build import BuildConfig, run
@@ -14,9 +16,6 @@ from convscope.core.data.shard_set import open_shards
 from convscope.core.data.sources import Columns, open_source
 from convscope.core.errors import UserError
 from tests.core.data.tars import noise
-
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 NAMES = ["cat", "dog", "eel"]
 

@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from PIL import Image
 
@@ -118,9 +119,6 @@ def test_unknown_source_is_told(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
 def test_table_columns_are_found_by_their_usual_names(tmp_path, suffix):
-    pandas = pytest.importorskip("pandas")
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
     write(tmp_path, "img/a.jpg", "img/b.jpg")
     frame = pandas.DataFrame(
         {"Filepath": ["img/a.jpg", "img/b.jpg"], "title": ["a, b", "NA"], "label": [7, 10], "author": ["x", "y"]}

@@ -1,5 +1,6 @@
 """Pickles read as data: containers, strings, numbers and arrays of numbers, and nothing that could run code."""
 
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from convscope.core.errors import UserError
 
 ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-NUMBERS = "biuf"  # kinds of dtype that are read
+KINDS = "biufO"  # of dtype that are read: numbers, and objects that are plain data themselves
 
 
 class _RefusedError(pickle.UnpicklingError):
@@ -23,7 +24,7 @@ class _Dtype:
 
     def __init__(self, name: str) -> None:
         self.dtype = np.dtype(_text(name))
-        if self.dtype.kind not in NUMBERS:
+        if self.dtype.kind not in KINDS:
             raise _RefusedError(f"an array of {self.dtype}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -34,17 +35,27 @@ class _Dtype:
 class _Array:
     """What an array stood for; its bytes are read here, numpy's own restoring is not run."""
 
-    value: NDArray[Any] | None = None
+    value: NDArray[Any] | list[Any] | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state
-        self.value = _from_bytes(raw, dtype, shape, "F" if fortran else "C")
+        self.value = raw if isinstance(raw, list) else _from_bytes(raw, dtype, shape, "F" if fortran else "C")
+
+
+class _Settings:
+    """What PyTables' settings of compression stood for, which lie beside its indices."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Keep none of them."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Gives a function of this file for each name that arrays are stored with, and refuses every other name."""
 
+    named = False
+
     def find_class(self, module: str, name: str) -> Any:
+        self.named = True
         made: dict[str, Callable[..., Any]] = {}
         if module in ARRAY_MODULES:
             made = {
@@ -57,7 +68,9 @@ class _PlainUnpickler(pickle.Unpickler):
         elif module == "_codecs":  # how Python 3 writes bytes for Python 2
             made = {"encode": lambda text, *_: text.encode("latin1")}
         elif module in ("builtins", "__builtin__"):  # an empty string of bytes, in old protocols
-            made = {"bytes": lambda: b""}
+            made = {"bytes": lambda: b"", "object": lambda: _Settings()}
+        elif (module, name) in (("copy_reg", "_reconstructor"), ("tables.filters", "Filters")):
+            made = {name: lambda *_: _Settings()}
         if name not in made:
             raise _RefusedError(f"{module}.{name}")
         return made[name]
@@ -78,6 +91,21 @@ def read_plain_pickle(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle raises anything
         raise UserError(f"{path} is no pickle that can be read: {error or type(error).__name__}") from error
+
+
+def code_in_pickle(data: bytes) -> str | None:
+    """What a pickle names that is no plain data and could run code; None where there is no such thing.
+
+    What breaks off before it names anything, as bytes that are no pickle do, holds no code either.
+    """
+    unpickler = _PlainUnpickler(io.BytesIO(data), encoding="latin1")
+    try:
+        unpickler.load()
+    except _RefusedError as error:
+        return str(error)
+    except Exception as error:  # beyond a name the real one might go on where ours does not
+        return f"something that cannot be told ({type(error).__name__})" if unpickler.named else None
+    return None
 
 
 def _from_bytes(raw: bytes | str, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:

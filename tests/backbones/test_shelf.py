@@ -1,0 +1,255 @@
+"""Every architecture of `convscope/backbones`: the authors' numbers, and all that timm and SparK ask of a network."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from convscope.core.backbone import Backbone, create_backbone
+from convscope.core.errors import UserError
+from convscope.core.models import load_backbone, save_backbone
+from convscope.core.reparameterization import reparameterized
+from convscope.ssl.objectives.spark import SparkConfig, hierarchy
+from convscope.ssl.sparse.rules import convert
+from convscope.ssl.sparse.units import VisibleUnits
+from convscope.ssl.sparse.verify import verify
+from tests.backbones.families import FAMILIES
+from tests.backbones.fixtures import (
+    Shapes,
+    check,
+    filled,
+    hash_of_keys,
+    image,
+    is_counter,
+    outputs,
+    read_entries,
+    read_keys,
+)
+from tests.ssl.dense_reference import DenseMasked
+
+VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]
+PUBLISHED = [(arch, size, family.merges) for family in FAMILIES.values() for arch, size in family.published.items()]
+CONVOLUTIONAL = [name for name, family in FAMILIES.items() if not family.refused_by_spark]
+MERGING = [name for name, family in FAMILIES.items() if family.merges]
+REFUSED = [name for name, family in FAMILIES.items() if family.refused_by_spark]
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """In float64, every parameter made to matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.double().parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.05)
+    return model
+
+
+def small(name: str, **further: object) -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(FAMILIES[name].small.build(**further))
+
+
+def small_backbone(name: str) -> Backbone:
+    variant = FAMILIES[name].small
+    backbone = create_backbone(variant.arch, dict(variant.arguments), seed=0)
+    randomised(backbone.model)
+    return backbone
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_parameters_and_keys_are_the_authors(name: str, variant: str):
+    family, entry = FAMILIES[name], read_entries(name)[variant]
+    forms = {"train": ({}, entry), "deploy": ({"inference_mode": True}, entry.get("deploy"))}
+    for form, (arguments, numbers) in forms.items():
+        if numbers is None:
+            continue
+        shapes = read_keys(name, variant, form)
+        assert hash_of_keys(shapes) == numbers["keys_sha256"]
+        with torch.device("meta"):
+            model = family.variants[variant].build(**arguments)
+            theirs = {key: torch.empty(shape) for key, shape in shapes.items()}
+        converted = family.module.checkpoint_filter_fn(theirs, model)
+        assert {key: value.shape for key, value in converted.items()} == {
+            key: value.shape for key, value in model.state_dict().items()
+        }
+        assert sum(parameter.numel() for parameter in model.parameters()) == numbers["params"]
+
+
+@pytest.mark.parametrize(("arch", "millions", "merged"), PUBLISHED)
+def test_size_is_the_published_one(arch: str, millions: float, merged: bool):
+    with torch.device("meta"):
+        model = timm.create_model(arch, **({"inference_mode": True} if merged else {}))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1e6 * millions, rel=0.015)
+    config = model.pretrained_cfg
+    assert isinstance(model.get_submodule(config["classifier"]), nn.Linear)
+    assert model.get_submodule(config["first_conv"]).in_channels == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs_are_the_authors(name: str):
+    """In float64, on images that are not square, of the network and of modules on the way."""
+    family, cut = FAMILIES[name], FAMILIES[name].truncation
+    entry, shapes = read_entries(name)[family.computed], computed_keys(name)
+    case = entry["case"]
+    model = (
+        family.variants[family.computed].build(**({"num_classes": 0, **cut.arguments} if cut else {})).double().eval()
+    )
+    if cut:
+        model.norm = nn.Identity()  # of another width than the whole network's
+    state = family.module.checkpoint_filter_fn(filled(shapes, entry), model)
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert all(not model.state_dict()[key].is_floating_point() for key in result.missing_keys)  # but for counters
+    stages = {stage: numbers for stage, numbers in case["stages"].items() if not cut or stage in cut.whole}
+    modules = {stage: family.module_name(f"{stage}.").removesuffix(".") for stage in stages}
+    found = outputs(model, image(*case["input"]), modules)
+    for stage, numbers in {**stages, **({} if cut else {"output": case["output"]})}.items():
+        check(stage, found[stage], numbers)
+
+
+def computed_keys(name: str) -> Shapes:
+    """The authors' keys of the network that is computed, without those that a truncated one lacks."""
+    cut, shapes = FAMILIES[name].truncation, read_keys(name, FAMILIES[name].computed)
+    return {key: shape for key, shape in shapes.items() if not (cut and re.search(cut.left_out, key))}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_official_checkpoint_loads_from_a_file(name: str, tmp_path: Path):
+    family, cut = FAMILIES[name], FAMILIES[name].truncation
+    variant = family.variants[family.computed]
+    state = {
+        key: torch.zeros(shape, dtype=torch.int64 if is_counter(key) else torch.half)
+        for key, shape in computed_keys(name).items()
+    }
+    torch.save({"state_dict": state}, tmp_path / "official.pth")
+    backbone = load_backbone(
+        str(tmp_path / "official.pth"),
+        arch=variant.arch,
+        model_args={**variant.arguments, **(cut.arguments if cut else {})},
+        allow_partial=0.99 if cut else 1,
+    )
+    kept = [key for key, parameter in backbone.model.named_parameters() if parameter.any()]
+    assert kept == (["norm.weight"] if cut else [])  # the last norm of a truncated network is not in the file
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_have_the_promised_widths_and_strides(name: str):
+    family = FAMILIES[name]
+    listed = family.small.build(features_only=True).eval()
+    model = family.small.build(num_classes=0).eval()
+    widths, strides = listed.feature_info.channels(), listed.feature_info.reduction()
+    for height, width in family.sizes:
+        images = torch.randn(2, 3, height, width)
+        expected = [(2, c, height // s, width // s) for c, s in zip(widths, strides)]
+        assert [tuple(x.shape) for x in listed(images)] == expected
+        last, maps = model.forward_intermediates(images)
+        assert [tuple(x.shape) for x in maps] == expected
+        torch.testing.assert_close(last, model.forward_features(images))
+        assert model(images).shape == (2, model.num_features)
+    chosen = family.small.build(features_only=True, out_indices=(0, 2)).eval()
+    assert [tuple(x.shape) for x in chosen(images)] == [expected[0], expected[2]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_usual_timm_arguments_work(name: str):
+    height, width = FAMILIES[name].sizes[0]
+    images = torch.randn(2, 4, height, width, dtype=torch.float64)
+    model = small(name, num_classes=7, in_chans=4, drop_rate=0.1, **FAMILIES[name].drops)
+    assert model(images).shape == (2, 7)
+    model.train()
+    assert not torch.equal(model.forward_features(images), model.forward_features(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+    torch.testing.assert_close(
+        model.get_classifier()(model.forward_head(model.forward_features(images), pre_logits=True)), model(images)
+    )
+    model.reset_classifier(0)
+    assert model(images).shape == (2, model.num_features)
+    model.reset_classifier(5)
+    assert model.double()(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_reach_every_parameter(name: str):
+    """The same ones with activations recomputed in the backward pass."""
+    images = torch.randn(2, 3, *FAMILIES[name].sizes[0], dtype=torch.float64)
+    gradients = []
+    for recompute in (False, True):
+        model = small(name, num_classes=3).train()
+        model.set_grad_checkpointing(recompute)
+        model(images).square().sum().backward()
+        assert [
+            key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+        ] == []
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_backbone_survives_a_file(name: str, tmp_path: Path):
+    backbone = small_backbone(name).float().eval()
+    save_backbone(tmp_path / "backbone.safetensors", backbone)
+    loaded = load_backbone(str(tmp_path / "backbone.safetensors")).eval()
+    images = torch.randn(2, 3, *FAMILIES[name].sizes[0])
+    assert torch.equal(loaded(images), backbone(images))
+    model = FAMILIES[name].small.build(num_classes=0, checkpoint_path=str(tmp_path / "backbone.safetensors")).eval()
+    assert torch.equal(model(images), backbone(images))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_network_compiles_as_one_graph(name: str):
+    """With the backend that runs the traced graph as it is: what a faster one makes of it is torch's part."""
+    model = small(name, num_classes=3).eval()
+    images = torch.randn(2, 3, *FAMILIES[name].sizes[0], dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_spark_is_exact_on_visible_units(name: str):
+    sparse = small_backbone(name).train()
+    dense = copy.deepcopy(sparse)
+    unit, names = sparse.stride, [sparse.stages[i].name for i in hierarchy(sparse)]
+    images = torch.randn(2, 3, 2 * unit, 3 * unit, dtype=torch.float64)
+    units = VisibleUnits.draw(2, (2, 3), 0.5)
+    context = convert(sparse.model, name)
+    verify(sparse, context, unit)
+    context.units = units
+    found = sparse.feature_maps(units.gather(images), names)
+    expected = DenseMasked(dense.model)(dense, images, units.mask, names)
+    for stage, other in zip(names, expected):
+        atol = 1e-10 * float(other.detach().abs().max())
+        torch.testing.assert_close(units.scatter(found[stage]), other, rtol=0, atol=atol)
+    sum(found[stage].square().sum() for stage in names).backward()
+    sum(other.square().sum() for other in expected).backward()
+    largest = max(float(p.grad.abs().max()) for p in dense.parameters() if p.grad is not None)
+    for (key, one), other in zip(sparse.named_parameters(), dense.parameters()):
+        assert (one.grad is None) == (other.grad is None), key
+        if other.grad is not None:  # a bias before BatchNorm has no gradient but rounding: hence the second term
+            atol = 1e-10 * float(other.grad.abs().max()) + 1e-12 * largest
+            torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=atol, msg=key)
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_reparameterised_network_is_equal(name: str):
+    """In float64, statistics of BatchNorm that are not the initial ones included."""
+    backbone, images = small_backbone(name), torch.randn(2, 3, 96, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(2):
+            backbone.train()(images)
+        expected = backbone.eval()(images)
+        merged = reparameterized(backbone)
+        torch.testing.assert_close(merged(images), expected, rtol=0, atol=1e-10 * expected.std().item())
+    assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in backbone.parameters())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())  # the trained form stays
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_spark_refuses_by_name(name: str):
+    family = FAMILIES[name]
+    with pytest.raises(UserError, match=family.small.arch) as error:
+        SparkConfig(size=64, decoder="light").build(small_backbone(name))
+    assert family.refused_by_spark in str(error.value)
