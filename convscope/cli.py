@@ -87,6 +87,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("eval", "info"): Command(
         "convscope.eval.info", "InfoCommand", "what a checkpoint was recognised as: layout, architecture, preprocessing"
     ),
+    ("analyze", "all"): Command(
+        "convscope.report.analyze_all", "AllCommand", "every analysis that applies, and one report.html"
+    ),
     ("analyze", "erf"): Command("convscope.analysis.erf_command", "ErfCommand", "effective receptive fields"),
     ("analyze", "filters"): Command(
         "convscope.analysis.filters_command",

@@ -1,30 +1,25 @@
 """`convscope analyze erf`: effective receptive fields of one or several models."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tyro
-from torch import Tensor
+from torch import nn
 
-from convscope.analysis.common import load_models, one_or_all
-from convscope.analysis.erf import VARIANTS, Area, ErfConfig, ErfResult, erf
+from convscope.analysis.common import load_models, normalized_batches, one_or_all, spread, write_result
+from convscope.analysis.erf import ErfConfig, ErfResult, erf
+from convscope.analysis.erf_output import area_table, arrays, details, figures, pictures, tables
 from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet, open_shards
-from convscope.core.data.stream import eval_batches
-from convscope.core.data.transforms import Normalize, eval_transform
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
-from convscope.core.files import atomic_write
-from convscope.core.log import Ticker, info, progress
+from convscope.core.log import info, progress
 from convscope.core.models import model_record
-from convscope.core.results import EvalResult, Figure, save_result
-from convscope.plots.erf import ErfPanel, draw_erf
+from convscope.core.results import EvalResult
 
-SHOWN = 0.5  # threshold of the square drawn on the heat maps
+MOVED = 0.01  # change of a map by bf16 that is told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +27,7 @@ class ErfCommand(ErfConfig):
     """Effective receptive field: which pixels the central token depends on."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """One or more MODELs."""
+    """One or more MODELs; checkpoints of one run (RUN/checkpoints/*.pt) are drawn over their steps too."""
     data: str = "builtin:shapes"
     """Folder of shards, or builtin:shapes."""
     split: str = "test"
@@ -41,7 +36,7 @@ class ErfCommand(ErfConfig):
     """Height and width of the images in pixels; the published figures are at 1024."""
     n_images: int = 50
     """Images to average over, drawn evenly over the split."""
-    batch_size: int = 4
+    batch_size: int = 10
     """Images at a time; the result does not depend on it."""
     untrained: bool = False
     """Measure each model's randomly initialised twin too."""
@@ -54,7 +49,7 @@ class ErfCommand(ErfConfig):
     device: str = "auto"
     """cuda, cpu, or auto."""
     output_dir: Path = Path("results")
-    """Where erf.json, erf.npz, erf.png and erf.svg go."""
+    """Where erf.json, .npz, .csv, .png and .svg go."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,29 +75,30 @@ def run(config: ErfCommand) -> None:
     )
     result = evaluate(backbones, open_shards(config.data, config.split), config)
     print(area_table(result))
-    info(f"erf: wrote {config.output_dir}/erf.json, .npz, .png and .svg")
+    info(f"erf: wrote {config.output_dir}/erf.json, .npz, .csv, .png and .svg")
 
 
 def evaluate(backbones: Mapping[str, Backbone], shards: ShardSet, config: ErfCommand) -> EvalResult:
-    """Measure labelled backbones on one split, write erf.json, .npz, .png and .svg, and return the result."""
+    """Measure labelled backbones on one split, write the files, and return the result."""
     indices = spread(len(shards), config.n_images, config.seed)
-    measured: dict[str, ErfResult] = {}
+    measured: dict[str, dict[str, ErfResult]] = {}
     records: dict[str, dict[str, Any]] = {}
     preprocessing: dict[str, dict[str, Any]] = {}
     for label, original in backbones.items():
         backbone = _at_size(original, config.size).to(pick_device(config.device))
         with progress(f"erf {label}", len(indices)) as ticker:
+            images = normalized_batches(backbone, shards, indices, config.batch_size, ticker)
             try:
-                found = erf(backbone, _images(backbone, shards, indices, config, ticker), config)
+                measured[label] = erf(backbone, images, config)
             except AssertionError as error:  # timm's way to refuse a size
                 raise UserError(
                     f"erf: {label} does not take images of {config.size} px ({error}); try --size"
                 ) from error
-        measured[label], preprocessing[label] = found, dataclasses.asdict(backbone.preprocessing)
-        records[label] = model_record(original)
+        preprocessing[label], records[label] = dataclasses.asdict(backbone.preprocessing), model_record(original)
+        _notes(label, original, measured[label])
     result = EvalResult(
         task="erf",
-        protocol="erf-replknet/1" if config.compat == "replknet" else "erf-corrected/1",
+        protocol="erf-replknet/1" if config.compat == "replknet" else "erf-corrected/2",
         model=one_or_all(records, {"source": ", ".join(records)}),
         data={
             "source": shards.source,
@@ -111,76 +107,24 @@ def evaluate(backbones: Mapping[str, Backbone], shards: ShardSet, config: ErfCom
             "images": len(indices),
         },
         preprocessing=one_or_all(preprocessing, {}),
-        figures=_figures(measured, config),
+        figures=figures(measured, config.headline, config.thresholds),
         details={
-            "stage": config.stage,
+            "centre": config.centre,
+            "precision": config.precision,
             "thresholds": list(config.thresholds),
-            "models": {label: _details(one) for label, one in measured.items()},
+            "models": details(measured),
         },
         seed=config.seed,
     )
-    _write(config.output_dir, result, measured, config)
+    write_result(
+        config.output_dir,
+        "erf",
+        result,
+        arrays=arrays(measured),
+        tables=tables(measured, config.thresholds),
+        pictures=pictures(measured, config.headline, config.thresholds),
+    )
     return result
-
-
-def spread(size: int, count: int, seed: int) -> list[int]:
-    """Indices of up to `count` samples, one drawn from each of `count` equal stretches of the data set.
-
-    The first samples of an ordered data set are all of one class, and a fixed step can be too.
-    """
-    if size == 0:
-        raise UserError("erf: the data set is empty")
-    edges = np.linspace(0, size, min(count, size) + 1).astype(int)
-    rng = np.random.default_rng(seed)
-    return [int(rng.integers(first, last)) for first, last in itertools.pairwise(edges)]
-
-
-def area_table(result: EvalResult) -> str:
-    """Areas at every threshold in every variant as aligned text: per cent of the image and the square's side."""
-    intervals = {name: figure for name, figure in result.figures.items() if figure.low is not None}
-    lines: list[tuple[str, ...]] = [("model", "t", *VARIANTS)]
-    for label, details in result.details["models"].items():
-        for index, threshold in enumerate(result.details["thresholds"]):
-            cells = [_cell(details["areas"][variant][index]) for variant in VARIANTS]
-            figure = intervals.get(_name(label, threshold, len(result.details["models"])))
-            if figure and figure.low is not None and figure.high is not None:
-                cells[1] += f" [{figure.low:.2%}, {figure.high:.2%}]"
-            lines.append((label if index == 0 else "", f"{100 * threshold:g}%", *cells))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join(["Area of the smallest square that holds a share t of the contribution:", *text])
-
-
-def _cell(area: Mapping[str, float] | None) -> str:
-    return "never met" if area is None else f"{area['share']:.2%} ({area['side']:g} px)"
-
-
-def _name(label: str, threshold: float, models: int) -> str:
-    return f"area at {100 * threshold:g}%" if models == 1 else f"{label}: area at {100 * threshold:g}%"
-
-
-def _figures(measured: Mapping[str, ErfResult], config: ErfCommand) -> dict[str, Figure]:
-    """The headline variant's areas; thresholds that are never met are left out."""
-    figures: dict[str, Figure] = {}
-    for label, one in measured.items():
-        for index, threshold in enumerate(config.thresholds):
-            area, figure = one.areas[config.headline][index], one.intervals[index]
-            if config.headline != "raw":
-                figure = None if area is None else Figure(area.share, n=one.images)
-            if figure is not None:
-                figures[_name(label, threshold, len(measured))] = figure
-    return figures
-
-
-def _details(one: ErfResult) -> dict[str, Any]:
-    return {
-        "images": one.images,
-        "token": one.token,
-        "centre": one.centre,
-        "centroid": one.centroid,
-        "sigma": one.sigma,
-        "areas": {name: [area and dataclasses.asdict(area) for area in row] for name, row in one.areas.items()},
-    }
 
 
 def _at_size(backbone: Backbone, size: int) -> Backbone:
@@ -190,37 +134,21 @@ def _at_size(backbone: Backbone, size: int) -> Backbone:
     return backbone
 
 
-def _images(
-    backbone: Backbone, shards: ShardSet, indices: Sequence[int], config: ErfCommand, ticker: Ticker
-) -> Iterator[Tensor]:
-    device = next(backbone.parameters()).device
-    normalize = Normalize(backbone.preprocessing.mean, backbone.preprocessing.std).to(device)
-    transform = eval_transform(backbone.preprocessing)
-    for batch in eval_batches(shards, transform, batch_size=config.batch_size, label=None, indices=np.asarray(indices)):
-        yield normalize(batch["image"].to(device))
-        ticker.advance(len(batch["image"]))
+def _notes(label: str, backbone: Backbone, stages: Mapping[str, ErfResult]) -> None:
+    norms = [part for part in backbone.modules() if isinstance(part, nn.BatchNorm2d) and part.weight is not None]
+    silent = sum(not bool(norm.weight.any()) for norm in norms)
+    if silent:
+        info(f"note: {label}: {silent} of {len(norms)} BatchNorms have weights of zero; their branches are silent")
+    if any(_elsewhere(one) for one in stages.values()):
+        info(f"note: {label}: contributions lie beside the token's field, for branches may pad otherwise; see --centre")
+    changes = [one.bf16_change for one in stages.values() if one.bf16_change is not None]
+    if changes:
+        told = f"note: {label}: bf16 changes the map of the first images by {max(changes):.1%}"
+        info(told + ("; fp32 is safer" if max(changes) > MOVED else ""))
 
 
-def _write(folder: Path, result: EvalResult, measured: Mapping[str, ErfResult], config: ErfCommand) -> None:
-    arrays: dict[str, Any] = {"labels": np.array(list(measured))}
-    for index, one in enumerate(measured.values()):
-        arrays[f"contributions_{index}"] = one.contributions.astype(np.float32)
-        arrays[f"area_{index}"], arrays[f"share_{index}"] = one.curve
-        arrays[f"radial_{index}"] = one.radial
-    with atomic_write(folder / "erf.npz") as file:
-        np.savez_compressed(file, **arrays)
-    draw_erf([_panel(label, one, config) for label, one in measured.items()]).save(
-        folder / "erf.png", folder / "erf.svg"
-    )
-    save_result(folder / "erf.json", result)
-
-
-def _panel(label: str, one: ErfResult, config: ErfCommand) -> ErfPanel:
-    nearest = int(np.argmin([abs(t - SHOWN) for t in config.thresholds]))
-    area: Area | None = one.areas[config.headline][nearest]
-    if area is None:
-        return ErfPanel(label, one.contributions, one.curve)
-    height, width = one.contributions.shape
-    centre = (height // 2, width // 2) if config.headline == "official" else one.centre
-    note = f"square: {config.thresholds[nearest]:.0%} of the total, side {area.side:g} px"
-    return ErfPanel(label, one.contributions, one.curve, (*centre, area.side), note)
+def _elsewhere(one: ErfResult) -> bool:
+    """Whether the map's centre of mass is far from the token's, as its spread goes."""
+    if one.centroid is None or one.sigma is None:
+        return False
+    return any(abs(m - c) > s / 2 for m, c, s in zip(one.centroid, one.token_centre, one.sigma))

@@ -11,8 +11,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convscope.analysis.common import load_models, one_or_all, write_csv
-from convscope.analysis.erf_command import spread
+from convscope.analysis.common import load_models, one_or_all, spread, write_csv
 from convscope.analysis.linear_interpreter import POOLED, LinearInterpreter, Parts, by_stage, strongest
 from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet, open_shards

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convscope.analysis import representation as measure
 from convscope.analysis.common import load_models, one_or_all
-from convscope.analysis.erf_command import spread as spread_over
+from convscope.analysis.common import spread as spread_over
 from convscope.analysis.representation_output import METRICS, POOLED, Layer, details, figures, table, write
 from convscope.core.backbone import Backbone, eval_mode
 from convscope.core.data.shard_set import ShardSet, open_shards

@@ -26,6 +26,7 @@ COLOURS = (
 )  # after Okabe and Ito
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
+MANY = 24  # points that are more than markers
 DPI = 160
 STYLE = {
     "font.family": "sans-serif",
@@ -94,6 +95,22 @@ def colour(index: int) -> str:
 def line(index: int) -> str:
     """The line style of the index-th series; it changes only when the colours run out."""
     return LINES[index // len(COLOURS) % len(LINES)]
+
+
+def stroke(index: int, points: int = 0) -> dict[str, Any]:
+    """Arguments of `axis.plot` for the index-th series: colour, dashes and marker, so that it is told apart in grey.
+
+    Args:
+        index: of the series.
+        points: number of its points, where a marker at each would be too many.
+    """
+    return {
+        "color": colour(index),
+        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 4.5,
+        "markevery": (0.02 + 0.023 * (index % len(MARKERS)), 0.18) if points > MANY else None,
+    }
 
 
 def wrap(label: str, width: int) -> str:

@@ -42,7 +42,15 @@ class KeyValues:
     summary: str = ""
 
 
-Part = Text | Table | Image | KeyValues
+@dataclass(frozen=True)
+class Links:
+    """Files beside the report, by the name that is shown; addresses are relative to it."""
+
+    title: str
+    files: Mapping[str, str]
+
+
+Part = Text | Table | Image | KeyValues | Links
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tyro
 from convscope.core.errors import UserError
 from convscope.core.files import write_bytes
 from convscope.core.log import info
-from convscope.core.results import load_samples
+from convscope.core.results import EvalResult, load_samples
 from convscope.plots.curves import draw_loss
 from convscope.report.compare import (
     Row,
@@ -109,16 +109,21 @@ def _run_section(each: RunFiles) -> Section:
         parts.append(Table(["figure", "value", "samples"], rows, f"{result.task} of {model_name(result)}"))
         mine = [picture for picture in each.pictures if picture.stem.startswith(path.stem)]
         parts += [_picture(picture) for picture in mine]
-        values = {"protocol": result.protocol, "seed": result.seed}
-        for name in ("model", "data", "preprocessing"):
-            values |= flatten(getattr(result, name), f"{name}.")
-        parts.append(KeyValues(values, f"How {path.name} was measured"))
+        parts.append(measured_how(path, result))
     shown = {p for path in each.results for p in each.pictures if p.stem.startswith(path.stem)}
     parts += [_picture(picture) for picture in each.pictures if picture not in shown]
     for summary, nested in (("Settings of the run", each.config), ("Environment", each.environment)):
         if nested:
             parts.append(KeyValues(flatten(nested), summary))
     return Section(each.label, parts)
+
+
+def measured_how(path: Path, result: EvalResult) -> KeyValues:
+    """Protocol, model, data and preprocessing of a result file, folded away."""
+    values = {"protocol": result.protocol, "seed": result.seed}
+    for name in ("model", "data", "preprocessing"):
+        values |= flatten(getattr(result, name), f"{name}.")
+    return KeyValues(values, f"How {path.name} was measured")
 
 
 def _picture(path: Path) -> Image:

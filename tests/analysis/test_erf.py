@@ -1,14 +1,17 @@
 """Effective receptive field: the theory, the geometry, the areas, and what must stay untouched."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from convscope.analysis.erf import ErfConfig, areas, contribution_maps, erf, radial_profile
+from convscope.analysis.erf import ErfConfig, ErfResult, contribution_maps
+from convscope.analysis.erf import erf as erf_by_stage
+from convscope.analysis.erf_areas import areas
+from convscope.analysis.erf_shape import fit_gaussian, radial_profile
 from convscope.analysis.token_grid import token_grid
 from convscope.core.backbone import Backbone, Preprocessing, create_backbone
 from convscope.core.errors import UserError
@@ -30,6 +33,11 @@ class Net(nn.Module):
 
 def wrap(*layers: nn.Module, stride: int = 1) -> Backbone:
     return Backbone(Net(layers, stride), arch="net", preprocessing=Preprocessing(size=(32, 32))).double()
+
+
+def erf(backbone: Backbone, batches: Iterable[Tensor], config: ErfConfig) -> ErfResult:
+    (result,) = erf_by_stage(backbone, batches, config).values()
+    return result
 
 
 def uniform(channels: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
@@ -115,7 +123,35 @@ def test_gradient_map_matches_one_derived_by_hand() -> None:
                                 gradient[:, y + 1 : y + 4, z + 1 : z + 4] += gain
             expected[b] = gradient[:, 2:11, 2:11].clamp(min=0).sum(0).numpy()
     assert expected.max() > 0
-    np.testing.assert_allclose(contribution_maps(backbone, x), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(contribution_maps(backbone, x)["body"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_sides_are_those_of_the_published_procedure_done_slowly() -> None:
+    backbone = create_backbone("resnet18_cifar", {"channels": (4, 4, 8, 8), "zero_init_last": False}, seed=0)
+    backbone = backbone.double().eval()
+    x = images(3, 40)
+    gathered = torch.zeros(40, 40, dtype=torch.float64)
+    for one in x:  # batch of one, as published
+        pixel = one[None].clone().requires_grad_()
+        out = backbone.model.forward_features(pixel)
+        centre = out[:, :, out.shape[2] // 2, out.shape[3] // 2]
+        centre.clamp(min=0).sum().backward()
+        gathered += pixel.grad.clamp(min=0).sum(dim=(0, 1))
+    scaled = torch.log10(gathered / 3 + 1)
+    scaled /= scaled.max()
+    config = ErfConfig()
+    expected = []
+    for threshold in config.thresholds:
+        sides = [
+            2 * reach + 1
+            for reach in range(1, 20)
+            if scaled[20 - reach : 21 + reach, 20 - reach : 21 + reach].sum() / scaled.sum() > threshold
+        ]
+        expected.append(sides[0] if sides else None)
+    found = erf(backbone, [x], config).areas["official"]
+    assert [area and area.side for area in found] == expected
+    assert [area and area.share for area in found] == [side and side**2 / 40**2 for side in expected]
+    assert sum(side is not None for side in expected) >= 3
 
 
 def slow_square(map_: np.ndarray, centre: tuple[float, float], threshold: float) -> tuple[float, float]:
@@ -180,6 +216,69 @@ def test_radial_profile_matches_a_slow_loop() -> None:
     np.testing.assert_allclose(radial_profile(map_, (2.5, 3)), expected)
 
 
+def test_a_gaussian_is_fitted_exactly_and_noise_is_not_explained() -> None:
+    y, x = np.mgrid[:60, :70]
+    map_ = 3 * np.exp(-((y - 30.5) ** 2) / (2 * 4.0**2) - (x - 33) ** 2 / (2 * 6.5**2))
+    fit = fit_gaussian(map_)
+    assert fit is not None
+    assert fit.sigma == pytest.approx((4.0, 6.5), abs=1e-6)
+    assert fit.centre == pytest.approx((30.5, 33), abs=1e-6)
+    assert fit.explained == pytest.approx(1)
+    noise = fit_gaussian(np.random.default_rng(0).random((60, 70)))
+    assert noise is None or noise.explained < 0.5
+    assert fit_gaussian(np.zeros((9, 9))) is None
+
+
+def test_log_and_raw_curves_meet_the_areas() -> None:
+    backbone = create_backbone("resnet18_cifar", {"channels": (4, 4, 8, 8), "zero_init_last": False}, seed=0)
+    result = erf(backbone, [images(3, 32).float()], ErfConfig())
+    for variant in ("raw", "log"):
+        covered, share = result.curves[variant]
+        for threshold, area in zip((0.2, 0.3, 0.5, 0.99), result.areas[variant]):
+            assert area is not None
+            assert covered[(share > threshold).argmax()] == area.share
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_centring_on_the_centroid_moves_the_squares_only(precision: str) -> None:
+    conv = uniform(3, 3, padding=1)
+    with torch.no_grad():
+        conv.weight[..., 0, :] = 0  # the upper row: its centre of mass lies half a pixel below
+    backbone = wrap(conv).float()
+    x = [images(6, 17).float()]
+    token, mass = (erf(backbone, x, ErfConfig(centre=name, precision=precision)) for name in ("token", "centroid"))
+    assert (token.centre, token.token_centre, token.centroid) == ((8, 8), (8, 8), (8.5, 8))
+    assert (mass.centre, mass.token_centre) == ((8.5, 8), (8, 8))
+    np.testing.assert_array_equal(token.contributions, mass.contributions)
+    assert [area and area.side for area in mass.areas["raw"]] == [2, 2, 3, 3]  # 2 of 6 equal pixels are a third
+    assert mass.areas["official"] == token.areas["official"]
+    for interval, area in zip(mass.intervals, mass.areas["raw"]):
+        assert interval is not None
+        assert area is not None
+        assert interval.value == area.share
+
+
+def test_bf16_says_how_far_it_moves_the_map() -> None:
+    backbone = create_backbone("resnet18_cifar", {"channels": (4, 4, 8, 8), "zero_init_last": False}, seed=0)
+    x = images(4, 32).float()
+    exact, rough = (erf(backbone, [x], ErfConfig(precision=name)) for name in ("fp32", "bf16"))
+    moved = np.abs(rough.contributions - exact.contributions).sum() / exact.contributions.sum()
+    assert exact.bf16_change is None
+    assert rough.bf16_change == pytest.approx(moved, rel=1e-6)
+    assert 0 < moved < 0.2
+
+
+def test_all_stages_in_one_pass_are_those_measured_alone() -> None:
+    backbone = create_backbone("test_vit", {"depth": 2}, seed=0).double()
+    x = [images(2, 160), images(1, 160)]
+    together = erf_by_stage(backbone, x, ErfConfig(stages=("all",)))
+    assert list(together) == [stage.name for stage in backbone.stages]
+    for name, result in together.items():
+        alone = erf(backbone, x, ErfConfig(stages=(name,)))
+        np.testing.assert_allclose(result.contributions, alone.contributions, rtol=1e-9, atol=1e-18)
+        assert result.areas == alone.areas
+
+
 def test_batches_give_what_single_images_give() -> None:
     backbone = create_backbone("resnet18", {"zero_init_last": False}, seed=0).double()
     x = images(6, 64)
@@ -206,14 +305,14 @@ def test_nothing_of_the_model_changes() -> None:
 def test_mode_comes_back_after_an_error() -> None:
     backbone = create_backbone("resnet18", seed=0).train()
     with pytest.raises(UserError, match="no layer nowhere"):
-        erf(backbone, [images(1, 64).float()], ErfConfig(stage="nowhere"))
+        erf(backbone, [images(1, 64).float()], ErfConfig(stages=("nowhere",)))
     assert all(part.training for part in backbone.modules())
 
 
 def test_earlier_stages_see_less() -> None:
     backbone = create_backbone("resnet18", {"zero_init_last": False}, seed=0)
     x = [images(2, 128).float()]
-    early, late = (erf(backbone, x, ErfConfig(stage=name)).areas["raw"][2] for name in ("layer1", "layer3"))
+    early, late = (erf(backbone, x, ErfConfig(stages=(name,))).areas["raw"][2] for name in ("layer1", "layer3"))
     assert early is not None
     assert late is not None
     assert early.side < late.side

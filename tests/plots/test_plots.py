@@ -11,9 +11,9 @@ from PIL import Image
 from convscope.core.errors import UserError
 from convscope.core.results import Figure
 from convscope.plots.curves import _running_mean, draw_figures, draw_loss
-from convscope.plots.erf import ErfPanel, draw_erf
+from convscope.plots.erf import ErfPanel, draw_erf, draw_sides
 from convscope.plots.reconstruction import draw_reconstruction
-from convscope.plots.theme import wrap
+from convscope.plots.theme import Picture, stroke, wrap
 
 
 def decoded(png: bytes) -> np.ndarray:
@@ -23,19 +23,23 @@ def decoded(png: bytes) -> np.ndarray:
 def panel(label: str, square: bool = True) -> ErfPanel:
     map_ = np.zeros((16, 16))
     map_[6:10, 6:10] = 1.0
-    curve = (np.linspace(0.01, 1, 10), np.linspace(0.1, 1, 10))
-    return ErfPanel(label, map_, curve, (7.5, 7.5, 4.0) if square else None, "side 4 px")
+    curves = {name: (np.linspace(0.01, 1, 10), np.linspace(0.1, 1, 10)) for name in ("raw", "log")}
+    return ErfPanel(label, map_, curves, np.exp(-np.arange(9.0)), 1.5, (7.5, 7.5, 4.0) if square else None, "side 4 px")
+
+
+def drawn(*panels: ErfPanel) -> Picture:
+    return draw_erf([panels], {each.title: each for each in panels})
 
 
 def test_saving_writes_both_formats_and_leaves_nothing_else(tmp_path: Path) -> None:
-    draw_erf([panel("a"), panel("b", square=False)]).save(tmp_path / "erf.png", tmp_path / "erf.svg")
+    drawn(panel("a"), panel("b", square=False)).save(tmp_path / "erf.png", tmp_path / "erf.svg")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["erf.png", "erf.svg"]
     assert decoded((tmp_path / "erf.png").read_bytes()).shape[2] == 3
     assert b"<svg" in (tmp_path / "erf.svg").read_bytes()[:2000]
 
 
 def test_the_same_drawing_gives_the_same_file() -> None:
-    assert draw_erf([panel("a")]).render("svg") == draw_erf([panel("a")]).render("svg")
+    assert drawn(panel("a")).render("svg") == drawn(panel("a")).render("svg")
 
 
 def test_drawing_leaves_matplotlibs_settings_alone() -> None:
@@ -47,13 +51,36 @@ def test_drawing_leaves_matplotlibs_settings_alone() -> None:
 def test_unwritable_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "erf.png").mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        draw_erf([panel("a")]).save(tmp_path / "erf.png")
+        drawn(panel("a")).save(tmp_path / "erf.png")
     assert [p.name for p in tmp_path.iterdir()] == ["erf.png"]
 
 
 def test_an_all_zero_map_can_be_drawn() -> None:
-    zero = ErfPanel("dead", np.zeros((8, 8)), (np.linspace(0.1, 1, 5), np.zeros(5)))
-    assert decoded(draw_erf([zero]).render()).size
+    curve = (np.linspace(0.1, 1, 5), np.zeros(5))
+    zero = ErfPanel("dead", np.zeros((8, 8)), {"raw": curve, "log": curve}, np.zeros(6))
+    assert decoded(drawn(zero).render()).size
+
+
+def test_stages_stand_below_one_another_with_gaps_where_a_model_has_none() -> None:
+    one, two = panel("a"), panel("b")
+    low, high = (
+        decoded(draw_erf(rows, {"a": one, "b": two}, "last stage").render())
+        for rows in ([[one, two]], [[one, two], [one, None]])
+    )
+    assert high.shape[0] > low.shape[0]
+    assert high.shape[1] == pytest.approx(low.shape[1], rel=0.05)
+
+
+def test_sides_over_steps_have_gaps_and_any_order() -> None:
+    svg = draw_sides([100, 0, 50], {"20%": [9.0, 3.0, 5.0], "99%": [31.0, None, 21.0]}, "side").render("svg")
+    assert svg == draw_sides([0, 50, 100], {"20%": [3.0, 5.0, 9.0], "99%": [None, 21.0, 31.0]}, "side").render("svg")
+
+
+def test_series_differ_without_colour() -> None:
+    looks = {(stroke(i)["linestyle"], stroke(i)["marker"]) for i in range(8)}
+    assert len(looks) == 8
+    assert stroke(0, points=5)["markevery"] is None
+    assert stroke(0, points=500)["markevery"] is not None
 
 
 def test_reconstruction_shows_the_given_colours_in_order() -> None:

@@ -137,6 +137,16 @@ def test_every_option_is_in_the_script_and_none_needs_slurm(
     assert not run.exists()
 
 
+def test_analyses_are_submitted_as_evaluations_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("all", "erf"):
+        lines = shown_script(capsys, "analyze", name, "timm:test_resnet@random", "--slurm.gpus-per-node", "1")
+        assert "#SBATCH --gpus-per-node=1" in lines
+        assert any(line.startswith("#SBATCH --job-name=") and f"analyze-{name}" in line for line in lines)
+
+
 def test_the_script_of_a_sweep_is_an_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text("seed: [0, 1, 2]\n")
