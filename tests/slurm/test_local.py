@@ -87,7 +87,13 @@ def test_a_local_job_sees_what_this_process_sees(tmp_path: Path, monkeypatch: py
 def test_ctrl_c_saves_a_local_job(tmp_path: Path) -> None:
     data, run = write_split(tmp_path / "train", [20]), tmp_path / "run"
     flags = ("--workers", "1", "--steps", "4000", "--checkpoint-every", "3000", "--slurm.local")
-    started = subprocess.Popen(command(data, run, *flags), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    started = subprocess.Popen(
+        command(data, run, *flags),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not (run / "metrics.jsonl").exists() and started.poll() is None:
         time.sleep(0.05)
     assert status(run)["state"] == "RUNNING"
