@@ -99,6 +99,11 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("analyze", "linear"): Command(
         "convscope.analysis.linear_command", "LinearCommand", "what pixels and biases add to single features"
     ),
+    ("analyze", "efficiency"): Command(
+        "convscope.analysis.efficiency_command",
+        "EfficiencyCommand",
+        "arithmetic, memory traffic and latency of every layer, and the gap to the machine's peak",
+    ),
     ("analyze", "representation"): Command(
         "convscope.analysis.representation_command",
         "RepresentationCommand",

@@ -111,9 +111,7 @@ def pictures(measured: Measured, headline: str, thresholds: Sequence[float]) -> 
     if moments is not None:
         last = [list(by_stage.values())[-1] for by_stage in measured.values()]
         sides = {
-            f"{threshold:.0%}": [
-                None if area is None else area.side for area in (one.areas[headline][index] for one in last)
-            ]
+            f"{threshold:.0%}": [area.side if area else None for area in (one.areas[headline][index] for one in last)]
             for index, threshold in enumerate(thresholds)
         }
         found["erf-steps"] = draw_sides(moments, sides, "side of the square, pixels")

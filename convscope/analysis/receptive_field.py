@@ -72,8 +72,8 @@ def receptive_field(feature_map: Tensor, images: Tensor) -> ReceptiveField:
     spans: dict[Any, tuple[_Span, _Span]] = {feature_map.grad_fn: (_Span(), _Span())}
     for node in _from_the_end(feature_map.grad_fn):
         if getattr(node, "variable", None) is images:
-            y, x = (AxisField(s.reach, (math.sqrt(s.least), math.sqrt(s.most))) for s in spans[node])
-            return ReceptiveField(y, x)
+            rows, columns = (AxisField(s.reach, (math.sqrt(s.least), math.sqrt(s.most))) for s in spans[node])
+            return ReceptiveField(rows, columns)
         try:
             given = _input_spans(node, spans[node])
         except _UnknownError as error:

@@ -205,7 +205,7 @@ def _measure(x: Tensor, views: Tensor | None, config: RepresentationCommand) -> 
         found["alignment"] = bootstrap(measure.alignment(views[:, 0], views[:, 1]).numpy(), seed=config.seed)
         found["lidar"] = Figure(measure.lidar(views), n=n)
     known = {name: found[name] for name in METRICS if name in found and np.isfinite(found[name].value)}
-    return Layer(known, eigenvalues, law, measure.verdict(x), x.shape[1])
+    return Layer(known, eigenvalues, law, measure.verdict(x), x.double().std(0))
 
 
 def _uniformity(x: Tensor, seed: int) -> Figure:

@@ -37,7 +37,12 @@ class Layer:
     eigenvalues: Tensor  # (min(N, D),) of the covariance, descending
     law: PowerLaw | None
     verdict: tuple[str, str]
-    width: int
+    deviations: Tensor  # (D,) standard deviation of each dimension over the images, as the network gives it
+
+    @property
+    def width(self) -> int:
+        """Number of dimensions."""
+        return len(self.deviations)
 
 
 def table(result: EvalResult) -> str:
@@ -49,7 +54,7 @@ def table(result: EvalResult) -> str:
         "RankMe",
         "eff. rank",
         "NESum",
-        "alpha (ranks)",
+        "alpha (ranks, R2)",
         "uniformity",
         "alignment",
         "LiDAR",
@@ -58,7 +63,7 @@ def table(result: EvalResult) -> str:
     previous = ""
     for row in result.details["layers"]:
         law = row["power_law"]
-        alpha = f"{law['alpha']:.2f} ({law['window'][0]}-{law['window'][1]})" if law else "-"
+        alpha = f"{law['alpha']:.2f} ({law['window'][0]}-{law['window'][1]}, {law['r2']:.3f})" if law else "-"
         cells = [_cell(row["figures"].get(name)) for name in ("rankme", "effective_rank", "nesum")]
         cells += [alpha, *(_cell(row["figures"].get(name)) for name in ("uniformity", "alignment", "lidar"))]
         lines.append((row["model"] if row["model"] != previous else "", row["layer"], str(row["width"]), *cells))
@@ -109,6 +114,7 @@ def write(
     names = np.array([name for _, name in layers])
     arrays: dict[str, Any] = {"models": models, "layers": names, "cka": cka.numpy(), "cka_biased": np.array(biased)}
     arrays |= {f"eigenvalues_{index}": layer.eigenvalues.numpy() for index, layer in enumerate(layers.values())}
+    arrays |= {f"std_{index}": layer.deviations.numpy() for index, layer in enumerate(layers.values())}
     with atomic_write(folder / "representation.npz") as file:
         np.savez_compressed(file, **arrays)
     rows = []
@@ -137,6 +143,6 @@ def _curves(layers: Mapping[tuple[str, str], Layer]) -> list[StageCurves]:
             for metric in ("rankme", "effective_rank", "uniformity", "alignment")
         }
         last = mine[POOLED]
-        law = None if last.law is None else (last.law.alpha, last.law.window)
+        law = None if last.law is None else (last.law.alpha, last.law.window, last.law.r2)
         found.append(StageCurves(label, list(mine), values, last.eigenvalues.numpy(), law))
     return found

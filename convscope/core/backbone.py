@@ -134,8 +134,8 @@ class Backbone(nn.Module):
             resized = copy.deepcopy(self)
             try:
                 resized.model.set_input_size(img_size=wanted.size)
-            except AssertionError as error:  # timm's way to refuse
-                raise UserError(f"{self.arch} does not take images of {size} px: {error}") from error
+            except (AssertionError, RuntimeError) as error:  # timm refuses, or no position is left to resample to
+                raise UserError(f"{self.arch} does not take images of {size} px: {_first_line(error)}") from error
         resized.preprocessing = wanted
         return resized
 

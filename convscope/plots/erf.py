@@ -49,9 +49,8 @@ def draw_erf(rows: Sequence[Sequence[ErfPanel | None]], lines: Mapping[str, ErfP
     width = max(2.6 * columns + 0.9, 9.2)
     legend = len(lines) > 1
     with sheet(width, 3.2 * len(rows) + 3.0 + 0.24 * len(lines) * legend, h_pad=0.07, w_pad=0.07) as figure:
-        heights = [3.2 * len(rows), 3.0 + 0.24 * len(lines) * legend]
-        parts: Any = figure.subfigures(2, 1, height_ratios=heights)
-        top, bottom = parts
+        halves: Any = figure.subfigures(2, 1, height_ratios=[3.2 * len(rows), 3.0 + 0.24 * len(lines) * legend])
+        top, bottom = halves
         alone = columns == 1  # in the middle third, so that the colour bar stands beside it
         grid = top.add_gridspec(len(rows), 3 if alone else columns)
         axes, image = [], None

@@ -27,7 +27,7 @@ class StageCurves:
     layers: list[str]
     values: Mapping[str, list[float | None]]  # of PANELS, one for each layer
     eigenvalues: NDArray[np.float64]  # descending
-    law: tuple[float, tuple[int, int]] | None  # alpha and the ranks it was fitted on
+    law: tuple[float, tuple[int, int], float] | None  # alpha, the ranks it was fitted on, R2 of the fit
 
 
 def draw_stages(models: Sequence[StageCurves]) -> Picture:
@@ -72,8 +72,8 @@ def _spectra(axis: Any, models: Sequence[StageCurves]) -> None:
         ranks = np.arange(1, len(share) + 1)
         label = one.label
         if one.law:
-            alpha, (first, last) = one.law
-            label += f": alpha {alpha:.2f} at ranks {first}-{last}"
+            alpha, (first, last), r2 = one.law
+            label += f": alpha {alpha:.2f} at ranks {first}-{last}, R2 {r2:.3f}"
             fitted = np.arange(first, last + 1)
             level = np.exp(np.log(share[first - 1 : last]).mean() + alpha * np.log(fitted).mean())
             axis.plot(fitted, level * fitted**-alpha, color=INK, linewidth=3.2, alpha=0.25, solid_capstyle="butt")

@@ -112,6 +112,18 @@ ANALYSES: Mapping[str, Analysis] = {
             "bias": "Share of the biases over the layers; the rest comes from the pixels.",
         },
     ),
+    "efficiency": Analysis(
+        title="Efficiency",
+        module="convscope.analysis.efficiency_command",
+        config="EfficiencyCommand",
+        settings={"repeats": 5, "warmup": 1},
+        meaning="How much of this machine's arithmetic the network uses, on one image of noise. Layers above the "
+        "waterline wait for something else than arithmetic and memory, such as the start of an operation.",
+        captions={
+            "efficiency": "Measured latency against what the machine's peak would allow; the diagonal is the peak.",
+            "waterline": "Latency of each layer, and the least that its arithmetic and its bytes need.",
+        },
+    ),
     "shape-bias": Analysis(
         title="Shape or texture",
         module="convscope.analysis.shape_bias_command",

@@ -152,12 +152,13 @@ def test_command_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture
     assert arrays["cka"].shape == arrays["cka_biased"].shape == (len(layers), len(layers))
     assert arrays["cka"].diagonal() == pytest.approx(np.ones(len(layers)))
     assert arrays["cka_biased"] == pytest.approx(arrays["cka_biased"].T)
+    assert [len(arrays[f"std_{index}"]) for index in range(len(layers))] == [row["width"] for row in layers]
     assert set(arrays["models"]) == {*models, *(f"{model} (untrained)" for model in models)}
     figure = result.figures[f"{models[0]}: uniformity"]
     assert figure.low is not None
     assert figure.low <= figure.value <= figure.high <= 0  # type: ignore[operator]
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("RankMe", "pooled", "images differ", *models))
+    assert all(word in printed for word in ("RankMe", "R2", "pooled", "images differ", *models))
 
 
 def test_smaller_batches_change_neither_features_nor_figures(tmp_path: Path) -> None:
