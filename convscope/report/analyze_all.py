@@ -1,5 +1,6 @@
 """`convscope analyze all`: every analysis that applies to the models, and one page of what they show."""
 
+import csv
 import dataclasses
 import importlib
 import re
@@ -20,7 +21,8 @@ from convscope.report.runs import measured_how
 from convscope.report.sources import read_run
 from convscope.report.tables import Cell, Table
 
-MOST_ROWS = 40  # figures of one analysis in the page; all are in its files
+MOST_ROWS = 40  # of a table in the page; all are in the files
+MOST_COLUMNS = 14
 DONE = "done"
 
 
@@ -168,6 +170,7 @@ def _section(analysis: Analysis, folder: Path, model: str, root: Path) -> Sectio
     for path, result in files.results.items():
         parts += _figures(result)
         parts.append(measured_how(path, result))
+    parts += _small_tables(folder)
     links = {file.name: file.relative_to(root).as_posix() for file in _data_files(folder)}
     parts.append(Links("Arrays, tables and pictures", links))
     title = f"{analysis.title}: {model}" if model else analysis.title
@@ -182,6 +185,21 @@ def _figures(result: EvalResult) -> Iterator[Part]:
             f"; {left} more in the files" if left > 0 else ""
         )
         yield Table(["figure", "value", "samples"], rows[:MOST_ROWS], caption)
+
+
+def _small_tables(folder: Path) -> Iterator[Table]:
+    """The .csv files that fit into a page."""
+    for path in sorted(folder.glob("*.csv")):
+        header, *rows = csv.reader(read_bytes(path).decode().splitlines())
+        if 0 < len(rows) <= MOST_ROWS and len(header) <= MOST_COLUMNS:
+            yield Table(header, [[_cell(text) for text in row] for row in rows], path.name)
+
+
+def _cell(text: str) -> Cell:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
 
 
 def _data_files(folder: Path) -> list[Path]:

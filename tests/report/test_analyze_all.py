@@ -72,6 +72,8 @@ def test_page_has_pictures_words_figures_and_links_that_lead_somewhere(
     assert {"erf/erf.csv", "erf/erf.npz", "filters/filters.csv"} <= set(links)
     assert all((tmp_path / link).is_file() for link in links)
     assert "area at 50%" in page
+    assert all(f"<caption>{name}</caption>" in page for name in ("erf-spread.csv", "filters-depth.csv"))
+    assert "<caption>erf-curves.csv</caption>" not in page  # too long
     assert "failed: ZeroDivisionError: a mistake of ours" in page
     captured = capsys.readouterr()
     assert "analyze pair: timm:test_resnet@random: failed: ZeroDivisionError" in captured.err
