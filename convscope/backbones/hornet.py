@@ -6,6 +6,7 @@ The parts come from one depthwise convolution, 7x7 or, in the last two stages of
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,8 @@ class GlobalLocalFilter(nn.Module):
 
     def _filtered(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        with torch.autocast(x.device.type, enabled=False):  # no half precision has an FFT for every size
+        # No half precision has an FFT for every size; shapes alone have no autocast.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             spectrum = torch.fft.rfft2(x if x.dtype == torch.float64 else x.float(), norm="ortho")
             weight = self.filter.to(spectrum.real.dtype)
             if weight.shape[1:3] != spectrum.shape[-2:]:

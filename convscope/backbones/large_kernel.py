@@ -8,9 +8,13 @@ sum of convolutions with the same stride is the convolution with the sum of thei
 import torch
 from torch import Tensor, nn
 
+from convscope.backbones.large_depthwise import SMALLEST, LargeDepthwise
+
 
 def depthwise(dim: int, kernel_size: int, *, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
     """A filter of its own for each channel; height and width stay as they are."""
+    if kernel_size >= SMALLEST and dilation == 1:
+        return LargeDepthwise(dim, kernel_size, bias=bias)
     padding = dilation * (kernel_size // 2)
     return nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias)
 
