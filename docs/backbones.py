@@ -40,8 +40,8 @@ INTRODUCTION = """# Backbones
 
 Architectures that timm lacks, in timm's registry once `convscope` is imported:
 `timm.create_model(NAME, features_only=True)`, and `--backbone NAME` or `--model timm:NAME@random` in commands. The
-authors' checkpoints load with `--arch NAME`. All are written from the papers; of each family that has a reference, a variant or
-more equals the authors' network in float64 on the same weights (`tests/backbones/`).
+authors' checkpoints load with `--arch NAME`. All are written from the papers; of each family
+that has a reference, a variant or more equals the authors' network in float64 on the same weights (`tests/backbones/`).
 
 - Parameters with the default classifier; MACs of convolutions and matrix products at the default size (not of FFTs and
   of products of maps).
