@@ -18,6 +18,7 @@ from convscope.analysis.receptive_field import ReceptiveField, beyond, receptive
 from convscope.analysis.token_grid import TokenGrid, token_grid
 from convscope.core.backbone import Backbone, eval_mode
 from convscope.core.errors import UserError
+from convscope.core.gradients import at_least_two
 from convscope.core.results import Figure, bootstrap
 
 Array = NDArray[Any]  # float64
@@ -122,8 +123,10 @@ def contribution_maps(
     images = images.detach().requires_grad_()
     with torch.enable_grad():
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            maps = backbone.feature_maps(images, stages)  # (B, C, h, w) each
-        scores = [each[:, :, each.shape[2] // 2, each.shape[3] // 2].relu().sum() for each in maps.values()]
+            seen = at_least_two(images)
+            maps = backbone.feature_maps(seen, stages)  # (B, C, h, w) each
+        share = len(images) / len(seen)
+        scores = [each[:, :, each.shape[2] // 2, each.shape[3] // 2].relu().sum() * share for each in maps.values()]
         found: dict[str, Array] = {}
         for index, (name, score) in enumerate(zip(maps, scores)):
             (gradient,) = torch.autograd.grad(score, images, retain_graph=index + 1 < len(scores))

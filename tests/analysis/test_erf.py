@@ -353,6 +353,16 @@ def test_bad_images_are_told(batches: list[Tensor], message: str) -> None:
         erf(wrap(uniform(3, 3, padding=1)), batches, ErfConfig())
 
 
+@pytest.mark.parametrize("arch", ["dhvt_tiny_cifar_patch4", "test_resnet"])
+def test_image_alone_has_the_map_that_it_has_among_others(arch: str) -> None:
+    """DHVT's maps are views of its tokens, before BatchNorm."""
+    small = {"embed_dim": 24, "num_heads": 2, "depth": 2} if arch.startswith("dhvt") else {}
+    backbone = create_backbone(arch, small, seed=0).double().eval()
+    pair = images(2, 32)
+    (alone,), (among,) = (contribution_maps(backbone, some).values() for some in (pair[:1], pair))
+    np.testing.assert_allclose(alone, among[:1], rtol=0, atol=1e-12 * among.max())
+
+
 def test_diverged_weights_are_told() -> None:
     conv = uniform(3, 3, padding=1)
     nn.init.constant_(conv.weight, math.inf)

@@ -63,6 +63,8 @@ FAMILIES = {
             "features.28.": "stages.2.pool.",
             "features.37.": "stages.3.pool.",
             "features.50.": "stages.4.pool.",
+            "features.24.": "stages.3.pool.",  # these two are for ImageNet
+            "features.42.": "stages.4.pool.",
             "features.": "stages.4.",
         }.__getitem__,
         small=Variant(arch="simplenet_cifar_310k", arguments={"stages": ((8, 8), (12,), (12,), ((16, 1),), (12,))}),

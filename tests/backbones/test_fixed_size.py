@@ -22,7 +22,7 @@ def test_tvconv_layer_is_the_authors():
     )
     assert sum(parameter.numel() for parameter in layer.parameters()) == entry["params"]
     with torch.no_grad():
-        check("output", layer(image(*entry["case"]["input"])), entry["case"]["output"])
+        check("output", layer(image(*entry["cases"][0]["input"])), entry["cases"][0]["output"])
 
 
 @pytest.mark.parametrize(("stride", "side"), [(1, 9), (2, 9), (2, 10)])

@@ -1,13 +1,18 @@
 """Every architecture of `convscope/backbones`: the authors' numbers, and all that timm and SparK ask of a network."""
 
 import copy
+import math
+import os
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.errors import UserError
@@ -19,6 +24,7 @@ from convscope.ssl.sparse.units import VisibleUnits
 from convscope.ssl.sparse.verify import verify
 from tests.backbones.families import FAMILIES
 from tests.backbones.fixtures import (
+    Entry,
     Shapes,
     check,
     filled,
@@ -28,10 +34,15 @@ from tests.backbones.fixtures import (
     outputs,
     read_entries,
     read_keys,
+    uniform,
 )
 from tests.ssl.dense_reference import DenseMasked
 
+STATISTICS = ("running_mean", "running_var")
 VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]
+CASES = [(name, variant, i) for name, variant in VARIANTS for i in range(len(read_entries(name)[variant]["cases"]))]
+# one image at a time was given to these, whose gradients torch's BatchNorm then gets wrong (`core.gradients`)
+WRONG_GRADIENTS = ("van_b0", "dhvt_tiny_imagenet_patch16")
 PUBLISHED = [(arch, size, family.merges) for family in FAMILIES.values() for arch, size in family.published.items()]
 CONVOLUTIONAL = [name for name, family in FAMILIES.items() if not family.refused_by_spark]
 MERGING = [name for name, family in FAMILIES.items() if family.merges]
@@ -88,26 +99,57 @@ def test_size_is_the_published_one(arch: str, millions: float, merged: bool):
     assert model.get_submodule(config["first_conv"]).in_channels == 3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_outputs_are_the_authors(name: str):
-    """In float64, on images that are not square, of the network and of modules on the way."""
-    family, cut = FAMILIES[name], FAMILIES[name].truncation
-    entry, shapes = read_entries(name)[family.computed], computed_keys(name)
-    case = entry["case"]
-    model = (
-        family.variants[family.computed].build(**({"num_classes": 0, **cut.arguments} if cut else {})).double().eval()
-    )
-    if cut:
-        model.norm = nn.Identity()  # of another width than the whole network's
-    state = family.module.checkpoint_filter_fn(filled(shapes, entry), model)
+def load(name: str, variant: str, entry: Entry, model: nn.Module, shapes: Shapes) -> None:
+    state = FAMILIES[name].module.checkpoint_filter_fn(filled(shapes, entry), model)
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert all(not model.state_dict()[key].is_floating_point() for key in result.missing_keys)  # but for counters
-    stages = {stage: numbers for stage, numbers in case["stages"].items() if not cut or stage in cut.whole}
-    modules = {stage: family.module_name(f"{stage}.").removesuffix(".") for stage in stages}
-    found = outputs(model, image(*case["input"]), modules)
-    for stage, numbers in {**stages, **({} if cut else {"output": case["output"]})}.items():
-        check(stage, found[stage], numbers)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs_are_the_authors(name: str):
+    """In float64, of one variant and of modules on the way; a large one is cut short."""
+    family, cut = FAMILIES[name], FAMILIES[name].truncation
+    entry = read_entries(name)[family.computed]
+    case = min(entry["cases"], key=lambda case: math.prod(case["input"]))
+    model = family.variants[family.computed].build(**({"num_classes": 0, **cut.arguments} if cut else {}))
+    if cut:
+        model.norm = nn.Identity()  # of another width than the whole network's
+    load(name, family.computed, entry, model.double().eval(), computed_keys(name))
+    compare(name, model, case, cut.whole if cut else (*case["stages"], "output"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "variant", "case"), CASES)
+def test_outputs_of_every_variant_are_the_authors(name: str, variant: str, case: int):
+    entry, model = read_entries(name)[variant], FAMILIES[name].variants[variant].build().double().eval()
+    load(name, variant, entry, model, read_keys(name, variant))
+    compare(name, model, entry["cases"][case], (*entry["cases"][case]["stages"], "output"))
+
+
+def compare(name: str, model: nn.Module, case: Entry, which: Sequence[str]) -> None:
+    """The network's output and those of modules, by the authors' names, with the numbers of a case."""
+    modules = {stage: FAMILIES[name].module_name(f"{stage}.").removesuffix(".") for stage in case["stages"]}
+    found = outputs(model, image(*case["input"]), {stage: modules[stage] for stage in which if stage != "output"})
+    for stage in which:
+        check(stage, found[stage], {**case["stages"], "output": case["output"]}[stage])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "variant"), [each for each in VARIANTS if each[1] not in WRONG_GRADIENTS])
+def test_gradients_are_the_authors(name: str, variant: str):
+    """Norms in float64 by the authors' keys, through the converter, of a weighted sum of the outputs."""
+    family, entry = FAMILIES[name], read_entries(name)[variant]
+    model = family.variants[variant].build().double().eval()
+    weights = filled(read_keys(name, variant), entry)
+    learned = {key: value.requires_grad_() for key, value in weights.items() if not key.endswith(STATISTICS)}
+    converted = family.module.checkpoint_filter_fn(weights, model)
+    output = functional_call(model, converted, image(*entry["cases"][0]["input"]))
+    (output * torch.from_numpy(uniform("grad", output.numel())).reshape(output.shape)).sum().backward()
+    norms = {key: float(value.grad.norm()) for key, value in learned.items() if value.grad is not None}
+    found = {key: norms[key] for key in entry["gradients"]["l2"]}
+    assert found == pytest.approx(entry["gradients"]["l2"], rel=1e-9)
+    assert math.hypot(*norms.values()) == pytest.approx(entry["gradients"]["total_l2"], rel=1e-9)
 
 
 def computed_keys(name: str) -> Shapes:
@@ -206,6 +248,25 @@ def test_network_compiles_as_one_graph(name: str):
     images = torch.randn(2, 3, *FAMILIES[name].sizes[0], dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_network_compiles_to_machine_code(name: str):
+    """Outputs and gradients, in training mode."""
+    images = torch.randn(2, 3, *FAMILIES[name].sizes[0], dtype=torch.float64)
+    found = []
+    for compiled in (False, True):
+        model = small(name, num_classes=3).train()
+        output = (torch.compile(model, fullgraph=True) if compiled else model)(images)
+        output.square().sum().backward()
+        found.append((output.detach(), {key: p.grad for key, p in model.named_parameters() if p.requires_grad}))
+    (plain, gradients), (output, compiled_gradients) = found
+    torch.testing.assert_close(output, plain, rtol=0, atol=1e-10 * float(plain.std()))
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[key], gradient, rtol=0, atol=1e-10 * largest, msg=key)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
