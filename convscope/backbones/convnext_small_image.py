@@ -8,25 +8,19 @@ are as in timm's ConvNeXt.
 from typing import Any
 
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.convnext import ConvNeXt
 from torch import nn
+
+from convscope.backbones.registration import config, register_model
 
 STRIDES = (2, 4, 8, 8)
 
 default_cfgs = generate_default_cfgs(
     {
-        "convnext_mini_s8.untrained": {
-            "num_classes": 1000,
-            "input_size": (3, 64, 64),
-            "pool_size": (8, 8),
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "first_conv": "stem.0",
-            "classifier": "head.fc",
-        }
+        "convnext_mini_s8.untrained": config(
+            input_size=(3, 64, 64), pool_size=(8, 8), crop_pct=1.0, first_conv="stem.0", classifier="head.fc"
+        )
     }
 )
 
@@ -49,7 +43,7 @@ def _patch_conv(old: nn.Conv2d, size: int) -> nn.Conv2d:
     return conv
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def convnext_mini_s8(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
     """ConvNeXt with 1.3 M parameters before the classifier for 64-pixel images, total stride 8."""
     settings = {"depths": (2, 2, 4, 2), "dims": (32, 64, 128, 192), **kwargs}

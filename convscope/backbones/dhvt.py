@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from convscope.backbones.registration import config, create, register_model
 
 SQUEEZE = 4  # reduction inside the class token's scaling
 
@@ -200,18 +202,13 @@ VARIANTS = {
 }
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.untrained": {
-            "num_classes": 1000,
-            "input_size": (3, size, size),
-            "pool_size": None,
-            "crop_pct": 0.9 if size == 224 else 1.0,
-            "interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "first_conv": "patch_embed.proj.0.0",
-            "classifier": "head",
-            "license": "apache-2.0",
-        }
+        f"{name}.untrained": config(
+            input_size=(3, size, size),
+            pool_size=None,
+            crop_pct=0.9 if size == 224 else 1.0,
+            first_conv="patch_embed.proj.0.0",
+            license="apache-2.0",
+        )
         for name, (size, *_) in VARIANTS.items()
     }
 )
@@ -220,59 +217,52 @@ default_cfgs = generate_default_cfgs(
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> DHVT:
     img_size, patch_size, embed_dim, num_heads = VARIANTS[variant]
     settings = {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "num_heads": num_heads}
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        DHVT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": 3},
-        **{**settings, **kwargs},
-    )
+    return create(DHVT, variant, pretrained, checkpoint_filter_fn, 3, **{**settings, **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def dhvt_tiny_cifar_patch4(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T for 32-pixel images, patches of 4."""
     return _create("dhvt_tiny_cifar_patch4", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def dhvt_small_cifar_patch4(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S for 32-pixel images, patches of 4."""
     return _create("dhvt_small_cifar_patch4", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def dhvt_tiny_cifar_patch2(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T for 32-pixel images, patches of 2."""
     return _create("dhvt_tiny_cifar_patch2", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def dhvt_small_cifar_patch2(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S for 32-pixel images, patches of 2."""
     return _create("dhvt_small_cifar_patch2", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def dhvt_tiny_domain_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T for DomainNet, with four heads."""
     return _create("dhvt_tiny_domain_patch16", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def dhvt_small_domain_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S for DomainNet."""
     return _create("dhvt_small_domain_patch16", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def dhvt_tiny_imagenet_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T for ImageNet, 6.3 M parameters."""
     return _create("dhvt_tiny_imagenet_patch16", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def dhvt_small_imagenet_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S for ImageNet, 24 M parameters."""
     return _create("dhvt_small_imagenet_patch16", pretrained, **kwargs)

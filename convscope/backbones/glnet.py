@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
+from convscope.backbones.registration import config, create, register_model, renamed
 from convscope.backbones.staged import StagedNetwork, drop_path_rates
 
-STRIDES = (4, 8, 16, 32)
 SLOTS = 64
 HEAD_WIDTH = 32
 
@@ -166,7 +166,7 @@ class GLNet(StagedNetwork):
             ]
             stages.append(nn.Sequential(downsample(dims[i - 1] if i else in_chans, dim, first=i == 0), *blocks))
         norm = nn.BatchNorm2d(dims[-1])
-        super().__init__(stages, dims, STRIDES, num_classes=num_classes, drop_rate=drop_rate, norm=norm)
+        super().__init__(stages, dims, num_classes=num_classes, drop_rate=drop_rate, norm=norm)
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
@@ -195,7 +195,7 @@ def _patches(in_chans: int, dim: int, *, first: bool) -> nn.Sequential:
 
 
 # the authors' keys -> ours
-KEYS = (
+NAMES = (
     (r"^downsample_layers\.(\d)\.", r"stages.\1.0."),
     (r"^stages\.(\d)\.blocks\.(\d+)\.", lambda found: f"stages.{found[1]}.{int(found[2]) + 1}."),
     (r"\.(relation_mha|mha_op)\.", ".mix.attn."),
@@ -203,13 +203,6 @@ KEYS = (
     (r"\.feature_conv\.", ".local."),
     (r"\.mlp\.2\.", ".mlp.3."),  # in `stl` their last stage has no place for a convolution inside the MLP
 )
-
-
-def our_name(name: str) -> str:
-    """Of a parameter, or with a dot at its end of a module, that the authors call `name`."""
-    for theirs, ours in KEYS:
-        name = re.sub(theirs, ours, name)
-    return name
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -223,7 +216,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     for key, value in state_dict.items():
         if overlapping:
             key = re.sub(r"(?<=^downsample_layers\.0\.)\d", lambda found: str(int(found[0]) - 1), key)
-        key = our_name(key)
+        key = renamed(key, NAMES)
         if value.numel() == math.prod(shapes.get(key, ())):  # linear layers are 1x1 convolutions here
             value = value.reshape(shapes[key])
         converted[key] = value
@@ -237,54 +230,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "glnet_16g": {"dims": (128, 256, 512, 1024), "layer_scale": 1e-4},
 }
 default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": {
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": (7, 7),
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "first_conv": "stages.0.0.0",
-            "classifier": "head",
-            "license": "mit",
-        }
-        for name in VARIANTS
-    }
+    {f"{name}.untrained": config(first_conv="stages.0.0.0", license="mit") for name in VARIANTS}
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> GLNet:
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        GLNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
-        **{**VARIANTS[variant], **kwargs},
-    )
+    return create(GLNet, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **{**VARIANTS[variant], **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def glnet_stl(pretrained: bool = False, **kwargs: Any) -> GLNet:
     """GLNet in Swin-Tiny's layout, the paper's comparison at equal settings."""
     return _create("glnet_stl", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def glnet_4g(pretrained: bool = False, **kwargs: Any) -> GLNet:
     """GLNet with 27 M parameters."""
     return _create("glnet_4g", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def glnet_9g(pretrained: bool = False, **kwargs: Any) -> GLNet:
     """GLNet with 60 M parameters."""
     return _create("glnet_9g", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def glnet_16g(pretrained: bool = False, **kwargs: Any) -> GLNet:
     """GLNet with 106 M parameters."""
     return _create("glnet_16g", pretrained, **kwargs)

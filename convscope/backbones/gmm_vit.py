@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from convscope.backbones.registration import config, create, register_model, renamed
 
 EPSILON = 1e-5  # added to sigma^2
 
@@ -99,7 +101,7 @@ class GaussianMixtureViT(VisionTransformer):  # type: ignore[misc]
 
 
 # the authors' keys -> timm's
-KEYS = (
+NAMES = (
     (r"^pos_embedding$", "pos_embed"),
     (r"^to_patch_embedding\.1\.", "patch_embed.proj."),
     (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
@@ -122,8 +124,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: VisionTransfor
     for key, value in state_dict.items():
         if re.search(r"(^|\.)mask$", key):
             continue
-        for theirs, ours in KEYS:
-            key = re.sub(theirs, ours, key)
+        key = renamed(key, NAMES)
         if key == "patch_embed.proj.weight":  # of flattened patches (row, column, colour)
             out, colours, height, width = model.patch_embed.proj.weight.shape
             value = value.view(out, height, width, colours).permute(0, 3, 1, 2)
@@ -132,18 +133,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: VisionTransfor
 
 
 def _config(size: int) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
+    return config(
+        input_size=(3, size, size), fixed_input_size=True, pool_size=None, crop_pct=1.0, first_conv="patch_embed.proj"
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -151,25 +143,18 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, img_size: int, patch_size: int, **kwargs: Any) -> GaussianMixtureViT:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> GaussianMixtureViT:
     settings = {"embed_dim": 192, "depth": 9, "num_heads": 12, "mlp_ratio": 2.0, **kwargs}
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        GaussianMixtureViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": 3},
-        **{"img_size": img_size, "patch_size": patch_size, **settings},
-    )
+    return create(GaussianMixtureViT, variant, pretrained, checkpoint_filter_fn, 3, **settings)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def vit_tiny_patch4_32_gmm(pretrained: bool = False, **kwargs: Any) -> GaussianMixtureViT:
     """ViT-Tiny with 2.7 M parameters for 32-pixel images, Gaussian-mixture masks in its nine blocks."""
     return _create("vit_tiny_patch4_32_gmm", pretrained, **{"img_size": 32, "patch_size": 4, **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def vit_tiny_patch8_64_gmm(pretrained: bool = False, **kwargs: Any) -> GaussianMixtureViT:
     """The same for 64-pixel images."""
     return _create("vit_tiny_patch8_64_gmm", pretrained, **{"img_size": 64, "patch_size": 8, **kwargs})

@@ -4,19 +4,19 @@ The parts come from one depthwise convolution, 7x7 or, in the last two stages of
 3x3 and half a filter over the whole map in the frequency domain. Blocks are otherwise ConvNeXt's.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, LayerScale, LayerScale2d, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, LayerScale, LayerScale2d, Mlp
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from convscope.backbones.large_kernel import depthwise
-from convscope.backbones.staged import StagedNetwork, drop_path_rates
+from convscope.backbones.registration import config, create, register_model, renamed
+from convscope.backbones.staged import PoolNormNetwork, drop_path_rates, make_stage
 
 SCALE = 1 / 3  # of the depthwise convolution's output
 
@@ -97,7 +97,7 @@ class Block(nn.Module):
         return x + self.drop_path(branch)  # type: ignore[no-any-return]
 
 
-class HorNet(StagedNetwork):
+class HorNet(PoolNormNetwork):
     """HorNet.
 
     Args:
@@ -130,20 +130,11 @@ class HorNet(StagedNetwork):
             convs[2:] = [partial(GlobalLocalFilter, size=(size, size)) for size in sizes]
         stages, width = [], in_chans
         for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths))):
-            stage = nn.Sequential()
-            stage.add_module("downsample", _stem(width, dim) if i == 0 else _halve(width, dim))
+            downsample = _stem(width, dim) if i == 0 else _halve(width, dim)
             blocks = [Block(dim, i + 2, convs[i], rate, layer_scale) for rate in rates]
-            stage.add_module("blocks", nn.Sequential(*blocks))
-            stages.append(stage)
+            stages.append(make_stage(downsample, blocks))
             width = dim
-        strides = [4 * 2**i for i in range(len(stages))]
-        super().__init__(stages, dims, strides, num_classes=num_classes, drop_rate=drop_rate)
-        self.pool_norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(_initialise)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C): the mean over positions, normalised."""
-        return self.pool_norm(x.mean((2, 3)))  # type: ignore[no-any-return]
+        super().__init__(stages, dims, num_classes=num_classes, drop_rate=drop_rate)
 
 
 def _stem(in_chans: int, dim: int) -> nn.Sequential:
@@ -152,13 +143,6 @@ def _stem(in_chans: int, dim: int) -> nn.Sequential:
 
 def _halve(in_chans: int, dim: int) -> nn.Sequential:
     return nn.Sequential(LayerNorm2d(in_chans, eps=1e-6), nn.Conv2d(in_chans, dim, 2, stride=2))
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 NAMES = (
@@ -175,39 +159,17 @@ NAMES = (
 )
 
 
-def our_name(name: str) -> str:
-    """Of a parameter, or with a dot at its end of a module, that the authors call `name`."""
-    for pattern, ours in NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint with our keys."""
     state_dict = state_dict.get("model", state_dict)
     if not any(key.startswith("downsample_layers.") for key in state_dict):
         return dict(state_dict)
-    return {our_name(key): value for key, value in state_dict.items()}
-
-
-def _config() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stages.0.downsample.0",
-        "classifier": "head",
-        "license": "mit",
-    }
+    return {renamed(key, NAMES): value for key, value in state_dict.items()}
 
 
 default_cfgs = generate_default_cfgs(
     {
-        f"hornet_{size}_{kind}.untrained": _config()
+        f"hornet_{size}_{kind}.untrained": config(first_conv="stages.0.downsample.0", license="mit")
         for size in ("tiny", "small", "base", "large")
         for kind in ("7x7", "gf")
     }
@@ -215,59 +177,52 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> HorNet:
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        HorNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
-        **kwargs,
-    )
+    return create(HorNet, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def hornet_tiny_7x7(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-Tiny with 7x7 convolutions, 22 M parameters."""
     return _create("hornet_tiny_7x7", pretrained, **{"dims": (64, 128, 256, 512), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def hornet_tiny_gf(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-Tiny with global filters, 23 M parameters."""
     return _create("hornet_tiny_gf", pretrained, **{"dims": (64, 128, 256, 512), "filter_size": 14, **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def hornet_small_7x7(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-Small with 7x7 convolutions, 50 M parameters."""
     return _create("hornet_small_7x7", pretrained, **{"dims": (96, 192, 384, 768), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def hornet_small_gf(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-Small with global filters, 50 M parameters."""
     return _create("hornet_small_gf", pretrained, **{"dims": (96, 192, 384, 768), "filter_size": 14, **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def hornet_base_7x7(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-Base with 7x7 convolutions, 87 M parameters."""
     return _create("hornet_base_7x7", pretrained, **{"dims": (128, 256, 512, 1024), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def hornet_base_gf(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-Base with global filters, 88 M parameters."""
     return _create("hornet_base_gf", pretrained, **{"dims": (128, 256, 512, 1024), "filter_size": 14, **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def hornet_large_7x7(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-Large with 7x7 convolutions, 195 M parameters."""
     return _create("hornet_large_7x7", pretrained, **{"dims": (192, 384, 768, 1536), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def hornet_large_gf(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-Large with global filters, 196 M parameters."""
     return _create("hornet_large_gf", pretrained, **{"dims": (192, 384, 768, 1536), "filter_size": 14, **kwargs})

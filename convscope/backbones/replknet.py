@@ -5,17 +5,17 @@ Blocks alternate: a large kernel between two 1x1 convolutions, and a channel MLP
 the other BatchNorms stay. Convolutions start from PyTorch's initial values, as the authors'.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.layers import ConvNormAct, DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from convscope.backbones.large_kernel import centred, depthwise, depthwise_of, folded
-from convscope.backbones.staged import StagedNetwork, drop_path_rates
+from convscope.backbones.registration import config, create, register_model, renamed
+from convscope.backbones.staged import StagedNetwork, drop_path_rates, make_stage
 
 
 def _conv(in_chans: int, dim: int, size: int = 1, *, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Module:
@@ -121,18 +121,15 @@ class RepLkNet(StagedNetwork):
     ) -> None:
         stages, before = [], in_chans
         for i, (dim, size, rates) in enumerate(zip(dims, kernel_sizes, drop_path_rates(drop_path_rate, depths))):
-            width, blocks = int(dim * width_ratio), nn.Sequential()
+            width = int(dim * width_ratio)
+            blocks: list[nn.Module] = []
             for rate in rates:
                 blocks.append(LargeKernelBlock(dim, width, size, small_kernel, rate, inference_mode))
                 blocks.append(ConvFfn(dim, 4 * dim, rate))
-            stage = nn.Sequential()
-            stage.add_module("downsample", _stem(before, dim) if i == 0 else _transition(before, dim))
-            stage.add_module("blocks", blocks)
-            stages.append(stage)
+            stages.append(make_stage(_stem(before, dim) if i == 0 else _transition(before, dim), blocks))
             before = dim
-        strides = [4 * 2**i for i in range(len(stages))]
         norm = nn.BatchNorm2d(before)
-        super().__init__(stages, dims, strides, num_classes=num_classes, drop_rate=drop_rate, norm=norm)
+        super().__init__(stages, dims, num_classes=num_classes, drop_rate=drop_rate, norm=norm)
 
 
 def _stem(in_chans: int, dim: int) -> nn.Sequential:
@@ -158,63 +155,37 @@ NAMES = (
 )
 
 
-def our_name(name: str) -> str:
-    """Of a parameter, or with a dot at its end of a module, that the authors call `name`."""
-    for pattern, ours in NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint, as trained or re-parameterised, with our keys."""
     state_dict = state_dict.get("model", state_dict)
-    return {our_name(key): value for key, value in state_dict.items()}
-
-
-def _config() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stages.0.downsample.0.conv",
-        "classifier": "head",
-        "license": "mit",
-    }
+    return {renamed(key, NAMES): value for key, value in state_dict.items()}
 
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": _config() for name in ("replknet_31b", "replknet_31l", "replknet_xl")}
+    {
+        f"{name}.untrained": config(first_conv="stages.0.downsample.0.conv", license="mit")
+        for name in ("replknet_31b", "replknet_31l", "replknet_xl")
+    }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RepLkNet:
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        RepLkNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
-        **kwargs,
-    )
+    return create(RepLkNet, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def replknet_31b(pretrained: bool = False, **kwargs: Any) -> RepLkNet:
     """RepLKNet-31B, 79 M parameters."""
     return _create("replknet_31b", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def replknet_31l(pretrained: bool = False, **kwargs: Any) -> RepLkNet:
     """RepLKNet-31L, 172 M parameters."""
     return _create("replknet_31l", pretrained, **{"dims": (192, 384, 768, 1536), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def replknet_xl(pretrained: bool = False, **kwargs: Any) -> RepLkNet:
     """RepLKNet-XL, 335 M parameters: kernels of 27 alone, at one and a half times the stage's width."""
     settings = {"dims": (256, 512, 1024, 2048), "kernel_sizes": (27, 27, 27, 13), "small_kernel": 0, "width_ratio": 1.5}

@@ -6,23 +6,15 @@ at the end of the network. This one starts at full resolution: strides 1, 2, 4, 
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from convscope.backbones.registration import config, register_model
+
 IMAGENET_STRIDE = 4  # of the stem and max-pool that are replaced
 
-CONFIG = {
-    "num_classes": 1000,
-    "input_size": (3, 32, 32),
-    "pool_size": (4, 4),
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "first_conv": "conv1",
-    "classifier": "fc",
-}
+CONFIG = config(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0, first_conv="conv1", classifier="fc")
 default_cfgs = generate_default_cfgs({"resnet18_cifar.untrained": CONFIG, "resnet50_cifar.untrained": CONFIG})
 
 
@@ -39,14 +31,14 @@ def _full_resolution_resnet(stem_padding: int = 1, **kwargs: Any) -> ResNet:
     return model
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-18 for 32-pixel images, total stride 8."""
     settings = {"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
     return build_model_with_cfg(_full_resolution_resnet, "resnet18_cifar", pretrained, **settings)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-50 for 32-pixel images, total stride 8."""
     settings = {"block": Bottleneck, "layers": (3, 4, 6, 3), **kwargs}

@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from convscope.backbones.registration import config, create, register_model
 from convscope.backbones.staged import StagedNetwork
 
 # A stage is a list of layers: a width, or (width, kernel size) where it is not 3. All stages but the first of a CIFAR
@@ -109,14 +110,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SimpleNet:
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        SimpleNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(kwargs["stages"])))},
-        **kwargs,
-    )
+    out_indices = tuple(range(len(kwargs["stages"])))
+    return create(SimpleNet, variant, pretrained, checkpoint_filter_fn, out_indices, **kwargs)
 
 
 def _cifar(variant: str, pretrained: bool, **kwargs: Any) -> SimpleNet:
@@ -136,18 +131,13 @@ def _imagenet(variant: str, pretrained: bool, size: str, mode: str, scale: float
 
 
 def _config(size: int, crop_pct: float) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": None,
-        "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stages.0.layer0.conv",
-        "classifier": "head",
-        "license": "mit",
-    }
+    return config(
+        input_size=(3, size, size),
+        pool_size=None,
+        crop_pct=crop_pct,
+        first_conv="stages.0.layer0.conv",
+        license="mit",
+    )
 
 
 IMAGENET = (
@@ -166,73 +156,73 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenet_cifar_310k(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet with 0.3 M parameters for 32-pixel images."""
     return _cifar("simplenet_cifar_310k", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenet_cifar_460k(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet with 0.5 M parameters for 32-pixel images."""
     return _cifar("simplenet_cifar_460k", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenet_cifar_5m(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet with 5.5 M parameters for 32-pixel images."""
     return _cifar("simplenet_cifar_5m", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenet_cifar_5m_extra_pool(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """The same with one more pooling layer, as in the authors' first PyTorch release."""
     return _cifar("simplenet_cifar_5m_extra_pool", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenetv1_small_m1_05(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet for ImageNet at half width, strides in layers 1 to 3."""
     return _imagenet("simplenetv1_small_m1_05", pretrained, "5m", "m1", 0.5, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenetv1_small_m2_05(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet for ImageNet at half width, strides in layers 1, 2 and 4."""
     return _imagenet("simplenetv1_small_m2_05", pretrained, "5m", "m2", 0.5, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenetv1_small_m1_075(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet for ImageNet at three quarters of the width, strides in layers 1 to 3."""
     return _imagenet("simplenetv1_small_m1_075", pretrained, "5m", "m1", 0.75, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenetv1_small_m2_075(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet for ImageNet at three quarters of the width, strides in layers 1, 2 and 4."""
     return _imagenet("simplenetv1_small_m2_075", pretrained, "5m", "m2", 0.75, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenetv1_5m_m1(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet with 5.8 M parameters for ImageNet, strides in layers 1 to 3."""
     return _imagenet("simplenetv1_5m_m1", pretrained, "5m", "m1", 1.0, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenetv1_5m_m2(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet with 5.8 M parameters for ImageNet, strides in layers 1, 2 and 4."""
     return _imagenet("simplenetv1_5m_m2", pretrained, "5m", "m2", 1.0, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenetv1_9m_m1(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet with 9.5 M parameters for ImageNet, strides in layers 1 to 3."""
     return _imagenet("simplenetv1_9m_m1", pretrained, "9m", "m1", 1.0, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def simplenetv1_9m_m2(pretrained: bool = False, **kwargs: Any) -> SimpleNet:
     """SimpleNet with 9.5 M parameters for ImageNet, strides in layers 1, 2 and 4."""
     return _imagenet("simplenetv1_9m_m2", pretrained, "9m", "m2", 1.0, **kwargs)

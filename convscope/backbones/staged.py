@@ -1,8 +1,10 @@
 """What timm expects of a convolutional network, for networks whose stages run one after another."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ class StagedNetwork(nn.Module):
     Args:
         stages: the network's body.
         channels: of each stage's map.
-        strides: of each stage's map, in pixels.
+        strides: of each stage's map, in pixels; from 4 on doubling with each stage unless given.
         num_classes: 0 for no classifier.
         drop_rate: dropout before the classifier.
         norm: of the last map.
@@ -24,7 +26,7 @@ class StagedNetwork(nn.Module):
         self,
         stages: Sequence[nn.Module],
         channels: Sequence[int],
-        strides: Sequence[int],
+        strides: Sequence[int] | None = None,
         *,
         num_classes: int,
         drop_rate: float = 0.0,
@@ -37,6 +39,8 @@ class StagedNetwork(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.grad_checkpointing = False
+        if strides is None:
+            strides = [4 * 2**i for i in range(len(stages))]
         self.feature_info = [
             {"num_chs": width, "reduction": stride, "module": f"stages.{i}"}
             for i, (width, stride) in enumerate(zip(channels, strides))
@@ -119,6 +123,33 @@ class StagedNetwork(nn.Module):
         if self.grad_checkpointing and self.training:
             return checkpoint(stage, x)  # type: ignore[no-any-return]
         return stage(x)  # type: ignore[no-any-return]
+
+
+class PoolNormNetwork(StagedNetwork):
+    """A staged network that ends as ConvNeXt does, with a LayerNorm behind the pooling, and starts from its weights."""
+
+    def __init__(
+        self, stages: Sequence[nn.Module], channels: Sequence[int], *, num_classes: int, drop_rate: float
+    ) -> None:
+        super().__init__(stages, channels, num_classes=num_classes, drop_rate=drop_rate)
+        self.pool_norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.apply(_initialise)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C): the mean over positions, normalised."""
+        return self.pool_norm(super().pool(x))  # type: ignore[no-any-return]
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def make_stage(downsample: nn.Module, blocks: Sequence[nn.Module]) -> nn.Sequential:
+    """A stage with its parts `downsample` and `blocks`."""
+    return nn.Sequential(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks)))
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import ConvNormAct, DropPath, make_divisible, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from convscope.backbones.registration import config, create, register_model, renamed
 from convscope.backbones.staged import StagedNetwork, drop_path_rates
 
 # a stage is one resolution: (stride of its first block, ((expansion, width, number of blocks), ...))
@@ -196,7 +198,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 # of the authors' keys inside a block, after the block's own name: theirs -> ours
-BLOCK_KEYS = (
+BLOCK_NAMES = (
     (r"^conv\.0\.0\.(?=weight$)", "expand.conv."),
     (r"^conv\.0\.1\.", "expand.bn."),
     (r"^conv\.1\.0\.", "mix."),
@@ -241,68 +243,59 @@ def _block_key(key: str, block: nn.Module) -> str:
         return re.sub(r"^0\.", "conv.", re.sub(r"^1\.", "bn.", key))
     if isinstance(block.expand, nn.Identity):  # no expansion: theirs count one less
         key = re.sub(r"^conv\.(\d)", lambda found: f"conv.{int(found[1]) + 1}", key)
-    for theirs, ours in BLOCK_KEYS:
-        key = re.sub(theirs, ours, key)
-    return key
+    return renamed(key, BLOCK_NAMES)
 
 
 WIDTH_MULTS = {"x0_1": 0.1, "x0_2": 0.2, "x0_3": 0.3, "x0_5": 0.5, "x1_0": 1.0}
 default_cfgs = generate_default_cfgs(
     {
-        f"mobilenetv2_tvconv_{name}.untrained": {
-            "num_classes": 0,
-            "input_size": (3, 96, 96),
-            "fixed_input_size": True,
-            "pool_size": (6, 6),
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "first_conv": "stages.0.0.conv",
-            "classifier": "head",
-            "license": "mit",
-        }
+        f"mobilenetv2_tvconv_{name}.untrained": config(
+            num_classes=0,
+            input_size=(3, 96, 96),
+            fixed_input_size=True,
+            pool_size=(6, 6),
+            crop_pct=1.0,
+            mean=IMAGENET_INCEPTION_MEAN,
+            std=IMAGENET_INCEPTION_STD,
+            first_conv="stages.0.0.conv",
+            license="mit",
+        )
         for name in WIDTH_MULTS
     }
 )
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> TVConvMobileNetV2:
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        TVConvMobileNetV2,
-        f"mobilenetv2_tvconv_{name}",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter"},
-        **{"width_mult": WIDTH_MULTS[name], **kwargs},
-    )
+    settings = {"width_mult": WIDTH_MULTS[name], **kwargs}
+    variant = f"mobilenetv2_tvconv_{name}"
+    return create(TVConvMobileNetV2, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **settings)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def mobilenetv2_tvconv_x0_1(pretrained: bool = False, **kwargs: Any) -> TVConvMobileNetV2:
     """A tenth of MobileNetV2's width, the paper's smallest."""
     return _create("x0_1", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def mobilenetv2_tvconv_x0_2(pretrained: bool = False, **kwargs: Any) -> TVConvMobileNetV2:
     """A fifth of MobileNetV2's width."""
     return _create("x0_2", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def mobilenetv2_tvconv_x0_3(pretrained: bool = False, **kwargs: Any) -> TVConvMobileNetV2:
     """Three tenths of MobileNetV2's width."""
     return _create("x0_3", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def mobilenetv2_tvconv_x0_5(pretrained: bool = False, **kwargs: Any) -> TVConvMobileNetV2:
     """Half of MobileNetV2's width."""
     return _create("x0_5", pretrained, **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def mobilenetv2_tvconv_x1_0(pretrained: bool = False, **kwargs: Any) -> TVConvMobileNetV2:
     """MobileNetV2's own width."""
     return _create("x1_0", pretrained, **kwargs)

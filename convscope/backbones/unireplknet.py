@@ -5,18 +5,18 @@ normalisation and a BatchNorm at its end. `inference_mode=True` builds the merge
 """
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, GlobalResponseNormMlp, LayerNorm2d, LayerScale2d, SEModule, trunc_normal_
+from timm.layers import DropPath, GlobalResponseNormMlp, LayerNorm2d, LayerScale2d, SEModule
 from timm.layers.grn import GlobalResponseNorm
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from convscope.backbones.large_kernel import centred, depthwise, depthwise_of, folded
-from convscope.backbones.staged import StagedNetwork, drop_path_rates
+from convscope.backbones.registration import config, create, register_model, renamed
+from convscope.backbones.staged import PoolNormNetwork, drop_path_rates, make_stage
 
 # (kernel size, dilation) of the branches beside a large kernel; none reaches further than it does
 BRANCHES = {13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5))}
@@ -112,7 +112,7 @@ class Block(nn.Module):
         self.norm, self.norm2, self.ls = nn.Identity(), nn.Identity(), nn.Identity()
 
 
-class UniRepLkNet(StagedNetwork):
+class UniRepLkNet(PoolNormNetwork):
     """UniRepLKNet.
 
     Args:
@@ -144,20 +144,11 @@ class UniRepLkNet(StagedNetwork):
         stages, width = [], in_chans
         for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths))):
             sizes = itertools.cycle(kernels[i])
-            stage = nn.Sequential()
-            stage.add_module("downsample", _stem(width, dim) if i == 0 else nn.Sequential(*_halve(width, dim)))
+            downsample = _stem(width, dim) if i == 0 else nn.Sequential(*_halve(width, dim))
             blocks = [Block(dim, size, rate, layer_scale, inference_mode) for rate, size in zip(rates, sizes)]
-            stage.add_module("blocks", nn.Sequential(*blocks))
-            stages.append(stage)
+            stages.append(make_stage(downsample, blocks))
             width = dim
-        strides = [4 * 2**i for i in range(len(stages))]
-        super().__init__(stages, dims, strides, num_classes=num_classes, drop_rate=drop_rate)
-        self.pool_norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(_initialise)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C): the mean over positions, normalised."""
-        return self.pool_norm(x.mean((2, 3)))  # type: ignore[no-any-return]
+        super().__init__(stages, dims, num_classes=num_classes, drop_rate=drop_rate)
 
 
 def _halve(in_chans: int, dim: int) -> tuple[nn.Module, nn.Module]:
@@ -166,13 +157,6 @@ def _halve(in_chans: int, dim: int) -> tuple[nn.Module, nn.Module]:
 
 def _stem(in_chans: int, dim: int) -> nn.Sequential:
     return nn.Sequential(*_halve(in_chans, dim // 2), nn.GELU(), *_halve(dim // 2, dim))
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 NAMES = (
@@ -193,13 +177,6 @@ NAMES = (
 )
 
 
-def our_name(name: str) -> str:
-    """Of a parameter, or with a dot at its end of a module, that the authors call `name`."""
-    for pattern, ours in NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint, as trained or re-parameterised, with our keys and shapes."""
     state_dict = state_dict.get("model", state_dict)
@@ -209,66 +186,47 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     for key, value in state_dict.items():
         merged = ".lk_origin." in key and key.replace(".weight", ".bias") in state_dict
         key = key.replace(".lk_origin.", "." if merged else ".large.")
-        converted[our_name(key)] = value.flatten() if ".act.1." in key else value
+        converted[renamed(key, NAMES)] = value.flatten() if ".act.1." in key else value
     return converted
 
 
-def _config() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stages.0.downsample.0",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
-
-
 default_cfgs = generate_default_cfgs(
-    {f"unireplknet_{size}.untrained": _config() for size in ("a", "f", "p", "n", "t", "s", "b", "l", "xl")}
+    {
+        f"unireplknet_{size}.untrained": config(first_conv="stages.0.downsample.0", license="apache-2.0")
+        for size in ("a", "f", "p", "n", "t", "s", "b", "l", "xl")
+    }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> UniRepLkNet:
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        UniRepLkNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
-        **kwargs,
-    )
+    return create(UniRepLkNet, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_a(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-A, 4.4 M parameters once merged."""
     return _create("unireplknet_a", pretrained, **{"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_f(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-F, 6.2 M parameters once merged."""
     return _create("unireplknet_f", pretrained, **{"depths": (2, 2, 6, 2), "dims": (48, 96, 192, 384), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_p(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-P, 10.7 M parameters once merged."""
     return _create("unireplknet_p", pretrained, **{"depths": (2, 2, 6, 2), "dims": (64, 128, 256, 512), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_n(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-N, 18.3 M parameters once merged."""
     return _create("unireplknet_n", pretrained, **{"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_t(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-T, 31 M parameters once merged."""
     return _create(
@@ -278,7 +236,7 @@ def unireplknet_t(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     )
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_s(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-S, 56 M parameters once merged."""
     return _create(
@@ -288,7 +246,7 @@ def unireplknet_s(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     )
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_b(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-B, 98 M parameters once merged."""
     return _create(
@@ -298,7 +256,7 @@ def unireplknet_b(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     )
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_l(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-L, 218 M parameters once merged."""
     return _create(
@@ -308,7 +266,7 @@ def unireplknet_l(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     )
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def unireplknet_xl(pretrained: bool = False, **kwargs: Any) -> UniRepLkNet:
     """UniRepLKNet-XL, 386 M parameters once merged."""
     return _create(

@@ -4,14 +4,14 @@ A large kernel is a 5x5 depthwise convolution, a 7x7 one with dilation 3 and a 1
 multiplies the input (eq. 4). Blocks use BatchNorm, every stage ends in a LayerNorm.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from convscope.backbones.registration import config, create, register_model, renamed
 from convscope.backbones.staged import StagedNetwork, drop_path_rates
 
 
@@ -121,14 +121,13 @@ class Van(StagedNetwork):
         drop_path_rate: float = 0.0,
         layer_scale: float = 1e-2,
     ) -> None:
-        stages, strides, width = [], [], in_chans
+        stages, width = [], in_chans
         for i, (dim, ratio, rates) in enumerate(zip(dims, mlp_ratios, drop_path_rates(drop_path_rate, depths))):
             kernel_size, stride = (7, 4) if i == 0 else (3, 2)
             blocks = [Block(dim, ratio, drop_rate, rate, layer_scale) for rate in rates]
             stages.append(Stage(width, dim, kernel_size, stride, blocks))
-            strides.append(4 * 2**i)
             width = dim
-        super().__init__(stages, dims, strides, num_classes=num_classes, drop_rate=drop_rate)
+        super().__init__(stages, dims, num_classes=num_classes, drop_rate=drop_rate)
         self.apply(_initialise)
 
 
@@ -160,87 +159,63 @@ NAMES = (
 )
 
 
-def our_name(name: str) -> str:
-    """Of a parameter, or with a dot at its end of a module, that the authors call `name`."""
-    for pattern, ours in NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint with our keys."""
     state_dict = state_dict.get("state_dict", state_dict)
     if "patch_embed1.proj.weight" not in state_dict:
         return dict(state_dict)
-    return {our_name(key): value for key, value in state_dict.items()}
+    return {renamed(key, NAMES): value for key, value in state_dict.items()}
 
 
-def _config() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stages.0.downsample.conv",
-        "classifier": "head",
-        "license": "apache-2.0",
+default_cfgs = generate_default_cfgs(
+    {
+        f"van_b{size}.untrained": config(crop_pct=0.9, first_conv="stages.0.downsample.conv", license="apache-2.0")
+        for size in range(7)
     }
-
-
-default_cfgs = generate_default_cfgs({f"van_b{size}.untrained": _config() for size in range(7)})
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Van:
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        Van,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": (0, 1, 2, 3)},
-        **kwargs,
-    )
+    return create(Van, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **kwargs)
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def van_b0(pretrained: bool = False, **kwargs: Any) -> Van:
     """VAN-B0, 4.1 M parameters."""
     return _create("van_b0", pretrained, **{"depths": (3, 3, 5, 2), "dims": (32, 64, 160, 256), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def van_b1(pretrained: bool = False, **kwargs: Any) -> Van:
     """VAN-B1, 13.9 M parameters."""
     return _create("van_b1", pretrained, **{"depths": (2, 2, 4, 2), "dims": (64, 128, 320, 512), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def van_b2(pretrained: bool = False, **kwargs: Any) -> Van:
     """VAN-B2, 26.6 M parameters."""
     return _create("van_b2", pretrained, **{"depths": (3, 3, 12, 3), "dims": (64, 128, 320, 512), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def van_b3(pretrained: bool = False, **kwargs: Any) -> Van:
     """VAN-B3, 44.8 M parameters."""
     return _create("van_b3", pretrained, **{"depths": (3, 5, 27, 3), "dims": (64, 128, 320, 512), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def van_b4(pretrained: bool = False, **kwargs: Any) -> Van:
     """VAN-B4, 60.3 M parameters."""
     return _create("van_b4", pretrained, **{"depths": (3, 6, 40, 3), "dims": (64, 128, 320, 512), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def van_b5(pretrained: bool = False, **kwargs: Any) -> Van:
     """VAN-B5, 90.0 M parameters."""
     return _create("van_b5", pretrained, **{"depths": (3, 3, 24, 3), "dims": (96, 192, 480, 768), **kwargs})
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def van_b6(pretrained: bool = False, **kwargs: Any) -> Van:
     """VAN-B6, 200 M parameters."""
     return _create("van_b6", pretrained, **{"depths": (6, 6, 90, 6), "dims": (96, 192, 384, 768), **kwargs})

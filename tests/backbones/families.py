@@ -1,6 +1,6 @@
 """The networks of the shelf: what they are called here and by their authors, and a small one of each family."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import timm
 from torch import nn
 
 from convscope.backbones import dhvt, glnet, gmm_vit, hornet, replknet, simplenet, tvconv, unireplknet, van
+from convscope.backbones.registration import renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,28 +37,44 @@ class Family:
     """An architecture: a file of `convscope/backbones`."""
 
     module: Any
-    variants: Mapping[str, Variant]  # by the name in data/FAMILY.json
-    computed: str  # the variant whose outputs are compared
+    variants: Mapping[str, Variant]  # by the name in data/FAMILY.json; the first one's outputs are compared
     truncation: Truncation | None = None
-    module_name: Callable[[str], str]  # of the module that the authors call so; both end in a dot
-    small: Variant  # for tests that need no numbers
+    modules: Mapping[str, str] = field(default_factory=dict)  # by the authors' names, where `module.NAMES` does not do
+    small_arguments: Mapping[str, Any]  # that make the first variant small
     sizes: tuple[tuple[int, int], ...] = ((64, 96), (128, 64))  # height, width that it takes
     drops: Mapping[str, float] = field(default_factory=lambda: {"drop_path_rate": 0.5})  # what makes features random
     published: Mapping[str, float]  # millions of parameters by architecture, as the authors round them
     merges: bool = False  # whether it has a form for inference, which the published sizes are then of
     refused_by_spark: str = ""  # the layer's class, where there is one
 
+    @property
+    def computed(self) -> str:
+        """The variant whose outputs are compared."""
+        return next(iter(self.variants))
+
+    @property
+    def small(self) -> Variant:
+        """For tests that need no numbers."""
+        return Variant(arch=self.variants[self.computed].arch, arguments=self.small_arguments)
+
+    def module_name(self, name: str) -> str:
+        """Of the module that the authors call `name`; both end in a dot."""
+        return self.modules[name] if self.modules else renamed(name, getattr(self.module, "NAMES", ()))
+
+
+def named_alike(*archs: str, **classes: int) -> dict[str, Variant]:
+    """Variants with our names in data/FAMILY.json."""
+    return {arch: Variant(arch=arch, classes=classes) for arch in archs}
+
 
 FAMILIES = {
     "simplenet": Family(
         module=simplenet,
         variants={
-            "simplenet_cifar_310k": Variant(arch="simplenet_cifar_310k", classes={"num_classes": 10}),
-            "simplenet_cifar_5m": Variant(arch="simplenet_cifar_5m", classes={"num_classes": 10}),
-            "simplenetv1_5m_m1": Variant(arch="simplenetv1_5m_m1"),
+            **named_alike("simplenet_cifar_310k", "simplenet_cifar_5m", num_classes=10),
+            **named_alike("simplenetv1_5m_m1"),
         },
-        computed="simplenet_cifar_310k",
-        module_name={
+        modules={
             "features.2.": "stages.0.layer0.",
             "features.15.": "stages.1.pool.",
             "features.28.": "stages.2.pool.",
@@ -66,8 +83,8 @@ FAMILIES = {
             "features.24.": "stages.3.pool.",  # these two are for ImageNet
             "features.42.": "stages.4.pool.",
             "features.": "stages.4.",
-        }.__getitem__,
-        small=Variant(arch="simplenet_cifar_310k", arguments={"stages": ((8, 8), (12,), (12,), ((16, 1),), (12,))}),
+        },
+        small_arguments={"stages": ((8, 8), (12,), (12,), ((16, 1),), (12,))},
         drops={"layer_drop_rate": 0.5},  # it has no branches to drop
         published={
             "simplenetv1_small_m1_05": 1.5,
@@ -83,8 +100,7 @@ FAMILIES = {
     "tvconv": Family(
         module=tvconv,
         variants={"tvconv_mobilenet_v2_x0_1": Variant(arch="mobilenetv2_tvconv_x0_1")},
-        computed="tvconv_mobilenet_v2_x0_1",
-        module_name={
+        modules={
             "features.0.": "stages.0.0.",
             "features.1.conv.0.0.": "stages.0.1.mix.",
             "features.1.": "stages.0.1.",
@@ -96,54 +112,47 @@ FAMILIES = {
             "features.17.": "stages.4.3.",
             "features.18.": "stages.4.4.",
             "output_layer.": "embedding.",
-        }.__getitem__,
-        small=Variant(arch="mobilenetv2_tvconv_x0_1", arguments={"img_size": (32, 48)}),
+        },
+        small_arguments={"img_size": (32, 48)},
         sizes=((32, 48),),
         published={},
     ),
     "gmm_vit": Family(
         module=gmm_vit,
         variants={"gmm_vit_tiny_gmm": Variant(arch="vit_tiny_patch4_32_gmm", classes={"num_classes": 100})},
-        computed="gmm_vit_tiny_gmm",
-        module_name={
+        modules={
             "to_patch_embedding.": "patch_embed.",
             "transformer.layers.0.0.": "blocks.0.attn.",
             "transformer.layers.0.1.": "blocks.0.mlp.",
             "transformer.": "blocks.",
-        }.__getitem__,
-        small=Variant(arch="vit_tiny_patch4_32_gmm", arguments={"embed_dim": 24, "num_heads": 2, "depth": 3}),
+        },
+        small_arguments={"embed_dim": 24, "num_heads": 2, "depth": 3},
         sizes=((32, 32),),
         published={},
         refused_by_spark="it does not run on visible units",
     ),
     "glnet": Family(
         module=glnet,
-        variants={"glnet_4g": Variant(arch="glnet_4g")},
-        computed="glnet_4g",
-        module_name=glnet.our_name,
-        small=Variant(arch="glnet_4g", arguments={"depths": (1, 1, 2, 1), "dims": (32, 32, 64, 64)}),
+        variants=named_alike("glnet_4g"),
+        small_arguments={"depths": (1, 1, 2, 1), "dims": (32, 32, 64, 64)},
         published={"glnet_stl": 30, "glnet_4g": 27, "glnet_9g": 60, "glnet_16g": 106},
         refused_by_spark="SlotMixing",
     ),
     "dhvt": Family(
         module=dhvt,
         variants={
-            "dhvt_tiny_cifar_patch4": Variant(arch="dhvt_tiny_cifar_patch4", classes={"num_classes": 100}),
-            "dhvt_tiny_imagenet_patch16": Variant(arch="dhvt_tiny_imagenet_patch16"),
+            **named_alike("dhvt_tiny_cifar_patch4", num_classes=100),
+            **named_alike("dhvt_tiny_imagenet_patch16"),
         },
-        computed="dhvt_tiny_cifar_patch4",
-        module_name=str,
-        small=Variant(arch="dhvt_tiny_cifar_patch4", arguments={"embed_dim": 24, "num_heads": 2, "depth": 3}),
+        small_arguments={"embed_dim": 24, "num_heads": 2, "depth": 3},
         sizes=((32, 32), (48, 48)),
         published={"dhvt_tiny_imagenet_patch16": 6.2, "dhvt_small_imagenet_patch16": 23.8},
         refused_by_spark="it does not run on visible units",
     ),
     "hornet": Family(
         module=hornet,
-        variants={"hornet_tiny_7x7": Variant(arch="hornet_tiny_7x7")},
-        computed="hornet_tiny_7x7",
-        module_name=hornet.our_name,
-        small=Variant(arch="hornet_tiny_7x7", arguments={"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)}),
+        variants=named_alike("hornet_tiny_7x7"),
+        small_arguments={"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)},
         published={
             "hornet_tiny_7x7": 22.4,
             "hornet_small_7x7": 49.5,
@@ -154,16 +163,13 @@ FAMILIES = {
     "hornet_gf": Family(
         module=hornet,
         variants={"hornet_tiny_gf_f64fft": Variant(arch="hornet_tiny_gf")},
-        computed="hornet_tiny_gf_f64fft",
-        module_name=hornet.our_name,
-        small=Variant(arch="hornet_tiny_gf", arguments={"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)}),
+        small_arguments={"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)},
         published={"hornet_tiny_gf": 23, "hornet_small_gf": 50.4, "hornet_base_gf": 88.4, "hornet_large_gf": 196.3},
         refused_by_spark="GlobalLocalFilter",
     ),
     "replknet": Family(
         module=replknet,
         variants={"replknet31b": Variant(arch="replknet_31b")},
-        computed="replknet31b",
         truncation=Truncation(
             arguments={"depths": (2, 2), "dims": (128, 256)},
             left_out=r"^(stages\.[23]|transitions\.[12]|norm|head)\.",
@@ -177,19 +183,14 @@ FAMILIES = {
                 "stages.1",
             ),
         ),
-        module_name=replknet.our_name,
-        small=Variant(
-            arch="replknet_31b", arguments={"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20), "width_ratio": 1.5}
-        ),
+        small_arguments={"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20), "width_ratio": 1.5},
         merges=True,
         published={"replknet_31b": 79, "replknet_31l": 172, "replknet_xl": 335},
     ),
     "unireplknet": Family(
         module=unireplknet,
-        variants={name: Variant(arch=name) for name in ("unireplknet_a", "unireplknet_p")},
-        computed="unireplknet_a",
-        module_name=unireplknet.our_name,
-        small=Variant(arch="unireplknet_t", arguments={"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40)}),
+        variants=named_alike("unireplknet_a", "unireplknet_p"),
+        small_arguments={"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40), "third_stage": (13, 3)},
         merges=True,
         published={
             "unireplknet_a": 4.4,
@@ -205,10 +206,8 @@ FAMILIES = {
     ),
     "van": Family(
         module=van,
-        variants={"van_b0": Variant(arch="van_b0")},
-        computed="van_b0",
-        module_name=van.our_name,
-        small=Variant(arch="van_b0", arguments={"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20)}),
+        variants=named_alike("van_b0"),
+        small_arguments={"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20)},
         published={
             "van_b0": 4.1,
             "van_b1": 13.9,
