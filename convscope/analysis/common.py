@@ -6,10 +6,12 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from torch import Tensor
 
 from convscope.core.backbone import Backbone
@@ -25,6 +27,43 @@ from convscope.plots.theme import Picture
 
 CHECKPOINT = re.compile(r"(.*?)/?(?:checkpoints/)?step-(\d+)\.pt")
 Table = tuple[Sequence[str], Iterable[Sequence[Any]]]  # header, rows
+
+
+class LoadsModels:
+    """Commands that load models; each declares these settings where its --help shows them."""
+
+    models: tuple[str, ...]
+    untrained: bool
+    seed: int
+    arch: str | None
+    allow_partial: float
+
+    def load(self, sources: Sequence[str] | None = None) -> dict[str, Backbone]:
+        """The models, or those of `sources` in their place, and their untrained twins if wanted, by label.
+
+        Raises:
+            UserError: no model, or one that cannot be loaded.
+        """
+        return load_models(
+            self.models if sources is None else sources,
+            arch=self.arch,
+            allow_partial=self.allow_partial,
+            untrained_seed=self.seed if self.untrained else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings(LoadsModels):
+    """Which models, and which images they are shown."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """One or more MODELs."""
+    data: str = "builtin:shapes"
+    """Folder of shards, or builtin:shapes."""
+    split: str = "test"
+    """Split to draw images from."""
+    size: int | None = None
+    """Height and width of the images in pixels; each model's own by default."""
 
 
 def load_models(
@@ -55,10 +94,26 @@ def load_models(
     return found
 
 
-def one_or_all(values: Mapping[str, dict[str, Any]], shared: dict[str, Any]) -> dict[str, Any]:
-    """The one value where all models have the same, else every model's under its label."""
+def one_or_all(values: Mapping[str, dict[str, Any]], **shared: Any) -> dict[str, Any]:
+    """The one value where all models have the same, else every model's under its label, beside what they share."""
     distinct = list(values.values())
     return distinct[0] if all(value == distinct[0] for value in distinct) else {**shared, "models": dict(values)}
+
+
+def model_records(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The models in a result, from the record of each by its label."""
+    return one_or_all(records, source=", ".join(records))
+
+
+def data_record(shards: ShardSet, **measured: int) -> dict[str, Any]:
+    """The images in a result: where they are from, and numbers such as how many were taken."""
+    return {"source": shards.source, "split": shards.split, "fingerprint": shards.fingerprint, **measured}
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text with columns below each other."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -27,6 +27,7 @@ from convscope.core.classifier import load_classifier, untrained_classifier
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.models import load_backbone, model_record, untrained_twin
+from convscope.core.options import AllowPartial, Arch, Device, require_at_least
 from convscope.core.pairs.model import DESCRIPTION, EXPORT
 from convscope.core.pairs.pair import load_pair
 from convscope.core.pairs.prompts import template_list
@@ -61,19 +62,15 @@ class HeadConfig:
     """Sentences of zero-shot: simple, imagenet (CLIP's 80), or a file with a sentence a line and {} for the name."""
     batch_size: int = 64
     """Images at a time; the result does not depend on it."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
+    device: Device = "auto"
     seed: int = 0
     """Of the untrained twins and the intervals."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
+    arch: Arch = None
+    allow_partial: AllowPartial = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        require_at_least(self, 1, "k", "batch_size")
+        require_at_least(self, 0, "seed")
         for name in ("temperature", "c"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import tyro
 
-from convscope.analysis.common import load_models, one_or_all
+from convscope.analysis.common import load_models, model_records, one_or_all
 from convscope.analysis.efficiency import Machine, layer_costs
 from convscope.analysis.efficiency_output import Efficiency, figures, model_details, table, write
 from convscope.analysis.latency import latencies, layer_latencies, measure_machine
@@ -20,6 +20,7 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import info, progress
 from convscope.core.models import model_record
+from convscope.core.options import AllowPartial, Arch, Device, require_at_least
 from convscope.core.results import EvalResult, bootstrap
 
 RESAMPLES = 500
@@ -51,20 +52,15 @@ class EfficiencyCommand:
     """Memory bandwidth in 10^9 bytes a second; measured by a copy by default."""
     accuracy: tuple[float, ...] = ()
     """Per cent, one for each MODEL, to be drawn over latency."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
+    arch: Arch = None
+    allow_partial: AllowPartial = 1.0
+    device: Device = "auto"
     output_dir: Path = Path("results")
     """Where efficiency.json, .npz, .csv and the plots go."""
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 1), ("batch_size", 1), ("repeats", 1), ("warmup", 0), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"efficiency: --{name.replace('_', '-')} must be at least {least}, got {value}")
+        require_at_least(self, 1, "size", "batch_size", "repeats", "threads", task="efficiency")
+        require_at_least(self, 0, "warmup", task="efficiency")
         for name in ("peak", "bandwidth"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -100,9 +96,9 @@ def evaluate(backbones: Mapping[str, Backbone], config: EfficiencyCommand) -> Ev
     result = EvalResult(
         task="efficiency",
         protocol="efficiency/1",
-        model=one_or_all(records, {"source": ", ".join(records)}),
+        model=model_records(records),
         data={"source": "noise", "batch_size": config.batch_size},
-        preprocessing=one_or_all(preprocessing, {}),
+        preprocessing=one_or_all(preprocessing),
         figures=figures(measured, machine),
         details={
             "machine": {

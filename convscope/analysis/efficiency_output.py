@@ -1,6 +1,6 @@
 """What `analyze efficiency` prints and writes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convscope.analysis.common import write_csv
+from convscope.analysis.common import aligned, write_result
 from convscope.analysis.efficiency import LayerCost, Machine
-from convscope.core.files import atomic_write
-from convscope.core.results import EvalResult, Figure, save_result
+from convscope.core.results import EvalResult, Figure
 from convscope.plots.efficiency import GapPoint, WaterlinePanel, draw_gap, draw_waterline
 
 SLOWEST = 5  # layers that are printed
@@ -100,23 +99,18 @@ def table(result: EvalResult) -> str:
     text = [
         f"{machine['device']}, {result.details['dtype']}, batches of {result.data['batch_size']}: "
         f"{peak:.4g} GMAC/s, {bandwidth:.4g} GB/s" + (f" ({given} as given)" if given else ""),
-        *_aligned(lines),
+        *aligned(lines),
     ]
     for label, one in models.items():
         slowest = sorted(one["layers"], key=lambda row: -row["seconds"])[:SLOWEST]
         rows = [(row["layer"], row["kind"], f"{row['seconds'] * 1e3:.3g} ms", _bound(row)) for row in slowest]
-        text += [f"{label}: slowest layers", *(f"  {line}" for line in _aligned(rows))]
+        text += [f"{label}: slowest layers", *(f"  {line}" for line in aligned(rows))]
     return "\n".join(text)
 
 
 def _bound(row: Mapping[str, Any]) -> str:
     by = "arithmetic" if row["compute_seconds"] >= row["memory_seconds"] else "memory"
     return f"{row['waterline_seconds'] * 1e3:.3g} ms if bound by {by}"
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
 
 
 def write(folder: Path, result: EvalResult, measured: Mapping[str, Efficiency], machine: Machine) -> None:
@@ -130,20 +124,22 @@ def write(folder: Path, result: EvalResult, measured: Mapping[str, Efficiency], 
             f"layer_seconds_{index}": np.stack([one.layer_seconds[name] for name in one.costs]),
             f"seconds_{index}": one.seconds,
         }
-    with atomic_write(folder / "efficiency.npz") as file:
-        np.savez_compressed(file, **arrays)
     header = ("model", "accuracy", "macs", "bytes", "ideal_s", "waterline_s", "latency_s", "low", "high", "repeats")
-    write_csv(folder / "efficiency.csv", header, [_row(label, one, machine) for label, one in measured.items()])
+    networks = [_row(label, one, machine) for label, one in measured.items()]
     layers = [(label, *row.values()) for label, one in result.details["models"].items() for row in one["layers"]]
-    columns = ("layer", "kind", "macs", "bytes", "compute_s", "memory_s", "waterline_s", "latency_s")
-    write_csv(folder / "efficiency-layers.csv", ("model", *columns), layers)
+    columns = ("model", "layer", "kind", "macs", "bytes", "compute_s", "memory_s", "waterline_s", "latency_s")
     points = [
         GapPoint(label, machine.ideal(one.macs), one.latency.value, one.accuracy) for label, one in measured.items()
     ]
-    draw_gap(points).save(folder / "efficiency.png", folder / "efficiency.svg")
     panels = [_panel(label, one, machine) for label, one in measured.items()]
-    draw_waterline(panels).save(folder / "efficiency-waterline.png", folder / "efficiency-waterline.svg")
-    save_result(folder / "efficiency.json", result)
+    write_result(
+        folder,
+        "efficiency",
+        result,
+        arrays=arrays,
+        tables={"efficiency": (header, networks), "efficiency-layers": (columns, layers)},
+        pictures={"efficiency": draw_gap(points), "efficiency-waterline": draw_waterline(panels)},
+    )
 
 
 def _row(label: str, one: Efficiency, machine: Machine) -> tuple[Any, ...]:

@@ -8,7 +8,15 @@ from typing import Any, Literal
 import tyro
 from torch import nn
 
-from convscope.analysis.common import load_models, normalized_batches, one_or_all, spread, write_result
+from convscope.analysis.common import (
+    ImageSettings,
+    data_record,
+    model_records,
+    normalized_batches,
+    one_or_all,
+    spread,
+    write_result,
+)
 from convscope.analysis.erf import ErfConfig, ErfResult, erf
 from convscope.analysis.erf_output import area_table, arrays, details, figures, pictures, tables
 from convscope.core.backbone import Backbone
@@ -17,21 +25,18 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import info, progress
 from convscope.core.models import model_record
+from convscope.core.options import AllowPartial, Arch, Device, require_at_least
 from convscope.core.results import EvalResult
 
 MOVED = 0.01  # change of a map by bf16 that is told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ErfCommand(ErfConfig):
+class ErfCommand(ImageSettings, ErfConfig):
     """Effective receptive field: which pixels the central token depends on."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
     """One or more MODELs; checkpoints of one run (RUN/checkpoints/*.pt) are drawn over their steps too."""
-    data: str = "builtin:shapes"
-    """Folder of shards, or builtin:shapes."""
-    split: str = "test"
-    """Split to draw images from."""
     size: int = 224
     """Height and width of the images in pixels; the published figures are at 1024."""
     n_images: int = 50
@@ -42,22 +47,16 @@ class ErfCommand(ErfConfig):
     """Measure each model's randomly initialised twin too."""
     compat: Literal["none", "replknet"] = "none"
     """replknet: the result's figures and the drawn square are those of the published procedure."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
+    arch: Arch = None
+    allow_partial: AllowPartial = 1.0
+    device: Device = "auto"
     output_dir: Path = Path("results")
     """Where erf.json, .npz, .csv, .png and .svg go."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("size", "n_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"erf: {name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise UserError(f"erf: seed must be at least 0, got {self.seed}")
+        require_at_least(self, 1, "size", "n_images", "batch_size", task="erf")
+        require_at_least(self, 0, "seed", task="erf")
 
     @property
     def headline(self) -> str:
@@ -67,13 +66,7 @@ class ErfCommand(ErfConfig):
 
 def run(config: ErfCommand) -> None:
     """Load the models, measure, write the files and print the areas."""
-    backbones = load_models(
-        config.models,
-        arch=config.arch,
-        allow_partial=config.allow_partial,
-        untrained_seed=config.seed if config.untrained else None,
-    )
-    result = evaluate(backbones, open_shards(config.data, config.split), config)
+    result = evaluate(config.load(), open_shards(config.data, config.split), config)
     print(area_table(result))
     info(f"erf: wrote {config.output_dir}/erf.json, .npz, .csv, .png and .svg")
 
@@ -99,14 +92,9 @@ def evaluate(backbones: Mapping[str, Backbone], shards: ShardSet, config: ErfCom
     result = EvalResult(
         task="erf",
         protocol="erf-replknet/1" if config.compat == "replknet" else "erf-corrected/2",
-        model=one_or_all(records, {"source": ", ".join(records)}),
-        data={
-            "source": shards.source,
-            "split": shards.split,
-            "fingerprint": shards.fingerprint,
-            "images": len(indices),
-        },
-        preprocessing=one_or_all(preprocessing, {}),
+        model=model_records(records),
+        data=data_record(shards, images=len(indices)),
+        preprocessing=one_or_all(preprocessing),
         figures=figures(measured, config.headline, config.thresholds),
         details={
             "centre": config.centre,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from convscope.analysis.common import Table, short_labels, steps
+from convscope.analysis.common import Table, aligned, short_labels, steps
 from convscope.analysis.erf import CURVES, ErfResult
 from convscope.analysis.erf_areas import VARIANTS, Area
 from convscope.analysis.receptive_field import ReceptiveField
@@ -51,9 +51,8 @@ def area_table(result: EvalResult) -> str:
                 head = (label, stage) if index == 0 else ("", "")
                 lines.append((*head, f"{100 * threshold:g}%", *cells))
             told.append(f"{label}, {stage}: {_spread(one)}")
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join(["Area of the smallest square that holds a share t of the contribution:", *text, *told])
+    what = "Area of the smallest square that holds a share t of the contribution:"
+    return "\n".join([what, *aligned(lines), *told])
 
 
 def arrays(measured: Measured) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from convscope.analysis.filter_db_writer import Compression, Part, write_filter_
 from convscope.core.errors import UserError
 from convscope.core.log import info
 from convscope.core.models import load_backbone
+from convscope.core.options import AllowPartial, Arch
 
 DATABASES = (".h5", ".hdf5")
 
@@ -60,10 +61,8 @@ class FilterDbCommand:
     """Column Accessible: where the weights are from."""
     dataset_url: str | None = None
     """Column Dataset URL."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
+    arch: Arch = None
+    allow_partial: AllowPartial = 1.0
 
     def __post_init__(self) -> None:
         if wrong := [size for size in self.sizes if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size)]:

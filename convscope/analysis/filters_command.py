@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
-from convscope.analysis.common import load_models, one_or_all
+from convscope.analysis.common import LoadsModels, model_records
 from convscope.analysis.conv_layers import ConvLayers, Layers, conv_layers
 from convscope.analysis.filter_db import FilterDatabase, open_filter_db
 from convscope.analysis.filter_db_layers import database_record, stored_layers
@@ -29,11 +29,12 @@ from convscope.core.backbone import Backbone
 from convscope.core.errors import UserError
 from convscope.core.log import info, progress
 from convscope.core.models import model_record
+from convscope.core.options import AllowPartial, Arch
 from convscope.core.results import EvalResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FiltersCommand(FiltersConfig):
+class FiltersCommand(LoadsModels, FiltersConfig):
     """Convolution filters: how many are used, how much they differ, and how far models lie apart."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
@@ -55,10 +56,8 @@ class FiltersCommand(FiltersConfig):
     """filter-db: histograms as in the paper's notebook, with bins over the data's range and 1e-7 for an empty one."""
     untrained: bool = False
     """Measure each model's randomly initialised twin too."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
+    arch: Arch = None
+    allow_partial: AllowPartial = 1.0
     output_dir: Path = Path("results")
     """Where filters.json, .npz, .csv and the plots go."""
 
@@ -78,13 +77,7 @@ def run(config: FiltersCommand) -> None:
         with open_filter_db(config.db) as database:
             result = evaluate_db(database, config)
     else:
-        backbones = load_models(
-            _moments(config.models) if config.trajectory else config.models,
-            arch=config.arch,
-            allow_partial=config.allow_partial,
-            untrained_seed=config.seed if config.untrained else None,
-        )
-        result = evaluate(backbones, config)
+        result = evaluate(config.load(_moments(config.models) if config.trajectory else config.models), config)
     print(summary(result))
     info(f"filters: wrote {config.output_dir}/filters.json, .npz, .csv and plots (filters-*.png, .svg)")
 
@@ -93,7 +86,7 @@ def evaluate(backbones: Mapping[str, Backbone], config: FiltersCommand) -> EvalR
     """Measure labelled backbones, write the files, and return the result."""
     records = {label: model_record(backbone) for label, backbone in backbones.items()}
     weights = "BatchNorm folded" if config.fold_bn else "as stored"
-    model = one_or_all(records, {"source": ", ".join(records)})
+    model = model_records(records)
     return _written(measure(backbones, config), model, {"weights": weights}, config)
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from convscope.analysis.common import write_csv
+from convscope.analysis.common import write_result
 from convscope.analysis.filter_drift import basis_arrays
 from convscope.analysis.filter_statistics import DEGENERATE
 from convscope.analysis.filters_output import FiltersReport, layer_header, layer_rows
-from convscope.core.files import atomic_write
-from convscope.core.results import EvalResult, save_result
+from convscope.core.results import EvalResult
 from convscope.plots.filter_coefficients import DensityPanel, RidgeRow, draw_densities, draw_ridges
 from convscope.plots.filter_drift import DepthBars, draw_depth, draw_drift, draw_training
 from convscope.plots.filters import EigenfilterRow, LayerSeries, draw_eigenfilters, draw_layers
@@ -22,23 +21,22 @@ SHOWN = 9  # components in the pictures
 
 def write(folder: Path, result: EvalResult, report: FiltersReport) -> None:
     """Write everything, the result last."""
-    with atomic_write(folder / "filters.npz") as file:
-        np.savez_compressed(file, **_arrays(report))
     rows = (row for label in report.statistics for row in layer_rows(report, label))
-    write_csv(folder / "filters.csv", ["model", *layer_header(report)], rows)
     components = [f"w{i}" for i in range(report.main.basis.dimension)]
-    write_csv(
-        folder / "filters-eigenfilters.csv", ["model", "component", "explained", *components], _component_rows(report)
+    drifts = ["first", "second", "drift", "low", "high", "balanced", "balanced_low", "balanced_high"]
+    write_result(
+        folder,
+        "filters",
+        result,
+        arrays=_arrays(report),
+        tables={
+            "filters": (["model", *layer_header(report)], rows),
+            "filters-eigenfilters": (["model", "component", "explained", *components], _component_rows(report)),
+            "filters-drift": (drifts, _drift_rows(report)),
+            "filters-depth": (["model", "depth", "from_whole", "from_first_model"], _depth_rows(report)),
+        },
+        pictures={f"filters-{name}": picture for name, picture in _pictures(report)},
     )
-    write_csv(
-        folder / "filters-drift.csv",
-        ["first", "second", "drift", "low", "high", "balanced", "balanced_low", "balanced_high"],
-        _drift_rows(report),
-    )
-    write_csv(folder / "filters-depth.csv", ["model", "depth", "from_whole", "from_first_model"], _depth_rows(report))
-    for name, picture in _pictures(report):
-        picture.save(folder / f"filters-{name}.png", folder / f"filters-{name}.svg")
-    save_result(folder / "filters.json", result)
 
 
 def _arrays(report: FiltersReport) -> dict[str, Any]:

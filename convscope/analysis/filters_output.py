@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convscope.analysis.common import aligned
 from convscope.analysis.conv_layers import Layers
 from convscope.analysis.filter_drift import layer_drift
 from convscope.analysis.filter_statistics import DEGENERATE, MEANINGS, Eigenfilters, Kind, is_random
@@ -183,7 +184,7 @@ def summary(result: EvalResult) -> str:
         bad = sum(layer["verdict"] in DEGENERATE for layer in layers)
         filters = sum(layer["filters"] for layer in layers)
         lines.append((label, str(len(layers)), f"{filters:,}", *cells, f"{bad} of {len(layers)}"))
-    text = [f"{size} filters, means over layers:", *_aligned(lines)]
+    text = [f"{size} filters, means over layers:", *aligned(lines)]
     for label, model in models.items():
         by_kind: dict[Kind, list[str]] = {}
         for row in model["degenerate"]:
@@ -196,13 +197,8 @@ def summary(result: EvalResult) -> str:
         for first, second in result.details["pairs"]:
             drifts = [result.figures[f"{name}: {first} | {second}"] for name in ("drift", "layer-balanced drift")]
             lines.append((first, second, *map(_cell, drifts)))
-        text += ["", *_aligned(lines), f"in the basis {result.details['bases'][size]['hash']} (filters.npz)"]
+        text += ["", *aligned(lines), f"in the basis {result.details['bases'][size]['hash']} (filters.npz)"]
     return "\n".join(text)
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
 
 
 def _cell(figure: Figure | None) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convscope.analysis.common import load_models, one_or_all, spread, write_csv
+from convscope.analysis.common import ImageSettings, data_record, model_records, one_or_all, spread, write_result
 from convscope.analysis.linear_interpreter import POOLED, LinearInterpreter, Parts, by_stage, strongest
 from convscope.core.backbone import Backbone
 from convscope.core.data.shard_set import ShardSet, open_shards
@@ -19,10 +18,10 @@ from convscope.core.data.stream import eval_batches
 from convscope.core.data.transforms import Normalize, eval_transform
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
-from convscope.core.files import atomic_write
 from convscope.core.log import info, progress
 from convscope.core.models import model_record
-from convscope.core.results import EvalResult, Figure, bootstrap, save_result
+from convscope.core.options import AllowPartial, Arch, Device, require_at_least
+from convscope.core.results import EvalResult, Figure, bootstrap
 from convscope.plots.linear import BiasCurve, LinearPanel, draw_bias, draw_linear
 
 MIN_IMAGES = 5  # fewer give no interval
@@ -31,17 +30,9 @@ SHARE = "share of the biases"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearCommand:
+class LinearCommand(ImageSettings):
     """Linear interpreter: a network as an affine function of one image, taken apart into pixels and biases."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
-    """One or more MODELs."""
-    data: str = "builtin:shapes"
-    """Folder of shards, or builtin:shapes."""
-    split: str = "test"
-    """Split to draw images from."""
-    size: int | None = None
-    """Height and width of the images in pixels; each model's own by default."""
     n_images: int = 8
     """Images, drawn evenly over the split."""
     outputs: int = 3
@@ -52,21 +43,15 @@ class LinearCommand:
     """Take each model's randomly initialised twin apart too."""
     seed: int = 0
     """Of the images, the interval and untrained twins."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
+    arch: Arch = None
+    allow_partial: AllowPartial = 1.0
+    device: Device = "auto"
     output_dir: Path = Path("results")
     """Where linear.json, .npz, .csv and the plots go."""
 
     def __post_init__(self) -> None:
-        for name, least in (("n_images", 1), ("outputs", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"linear: --{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}"
-                )
+        require_at_least(self, 1, "n_images", "outputs", "batch_size", task="linear")
+        require_at_least(self, 0, "seed", task="linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +72,7 @@ class Apart:
 
 def run(config: LinearCommand) -> None:
     """Load the models, take them apart, write the files and print the shares."""
-    backbones = load_models(
-        config.models,
-        arch=config.arch,
-        allow_partial=config.allow_partial,
-        untrained_seed=config.seed if config.untrained else None,
-    )
-    result = evaluate(backbones, open_shards(config.data, config.split), config)
+    result = evaluate(config.load(), open_shards(config.data, config.split), config)
     print(table(result))
     info(f"linear: wrote {config.output_dir}/linear.json, .npz, .csv and plots (linear.png, linear-bias.png, .svg)")
 
@@ -113,14 +92,9 @@ def evaluate(backbones: Mapping[str, Backbone], shards: ShardSet, config: Linear
     result = EvalResult(
         task="linear",
         protocol="linear/1",
-        model=one_or_all(records, {"source": ", ".join(records)}),
-        data={
-            "source": shards.source,
-            "split": shards.split,
-            "fingerprint": shards.fingerprint,
-            "images": len(indices),
-        },
-        preprocessing=one_or_all(preprocessing, {}),
+        model=model_records(records),
+        data=data_record(shards, images=len(indices)),
+        preprocessing=one_or_all(preprocessing),
         figures={
             "share of the biases" if len(found) == 1 else f"{label}: share of the biases": _figure(
                 one.shares[POOLED], config
@@ -236,17 +210,19 @@ def _write(folder: Path, result: EvalResult, found: Mapping[str, Apart]) -> None
             arrays[f"{name}_{index}"] = getattr(one, name)
         for layer, share in one.shares.items():
             rows += [(label, layer, image, float(value)) for image, value in enumerate(share)]
-    with atomic_write(folder / "linear.npz") as file:
-        np.savez_compressed(file, **arrays)
-    write_csv(folder / "linear.csv", ("model", "layer", "image", SHARE), rows)
     panels = [
         LinearPanel(label, one.images[i], one.rows[i], one.outputs[i], one.values[i], one.pixels[i], one.column[i])
         for label, one in found.items()
         for i in range(min(len(one.images), max(1, SHOWN // len(found))))
     ]
-    draw_linear(panels).save(folder / "linear.png", folder / "linear.svg")
     curves = [
         BiasCurve(label, list(one.shares), np.stack(list(one.shares.values()), 1)) for label, one in found.items()
     ]
-    draw_bias(curves).save(folder / "linear-bias.png", folder / "linear-bias.svg")
-    save_result(folder / "linear.json", result)
+    write_result(
+        folder,
+        "linear",
+        result,
+        arrays=arrays,
+        tables={"linear": (("model", "layer", "image", SHARE), rows)},
+        pictures={"linear": draw_linear(panels), "linear-bias": draw_bias(curves)},
+    )

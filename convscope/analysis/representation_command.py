@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from convscope.analysis import representation as measure
-from convscope.analysis.common import load_models, one_or_all
+from convscope.analysis.common import ImageSettings, data_record, model_records, one_or_all
 from convscope.analysis.common import spread as spread_over
 from convscope.analysis.representation_output import METRICS, POOLED, Layer, details, figures, table, write
 from convscope.core.backbone import Backbone, eval_mode
@@ -21,23 +20,16 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import Ticker, info, progress
 from convscope.core.models import model_record
+from convscope.core.options import AllowPartial, Arch, Device, require_at_least
 from convscope.core.results import EvalResult, Figure, bootstrap
 
 RESAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RepresentationCommand:
+class RepresentationCommand(ImageSettings):
     """Features without labels: their rank and spread by stage, collapse, similarity of layers and models (CKA)."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
-    """One or more MODELs."""
-    data: str = "builtin:shapes"
-    """Folder of shards, or builtin:shapes."""
-    split: str = "test"
-    """Split to draw images from."""
-    size: int | None = None
-    """Height and width of the images in pixels; each model's own by default."""
     n_images: int = 500
     """Images, drawn evenly over the split; no rank can exceed their number."""
     views: int = 2
@@ -56,37 +48,25 @@ class RepresentationCommand:
     """Measure each model's randomly initialised twin too."""
     seed: int = 0
     """Of the images, crops, intervals and untrained twins."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
+    arch: Arch = None
+    allow_partial: AllowPartial = 1.0
+    device: Device = "auto"
     output_dir: Path = Path("results")
     """Where representation.json, .npz, .csv and the plots go."""
 
     def __post_init__(self) -> None:
-        for name, least in (("n_images", 4), ("batch_size", 1), ("views", 0), ("workers", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise UserError(f"representation: --{flag} must be at least {least}, got {getattr(self, name)}")
+        require_at_least(self, 4, "n_images", "cka_batch_size", task="representation")
+        require_at_least(self, 1, "batch_size", task="representation")
+        require_at_least(self, 0, "views", "workers", "seed", task="representation")
         if self.views == 1:
             raise UserError("representation: one view has nothing to be aligned with; use --views 2, or 0")
-        if self.cka_batch_size is not None and self.cka_batch_size < 4:
-            raise UserError(f"representation: --cka-batch-size must be at least 4, got {self.cka_batch_size}")
         if self.alpha_window and not 1 <= self.alpha_window[0] <= self.alpha_window[1] - 2:
             raise UserError(f"representation: --alpha-window needs three ranks or more, got {self.alpha_window}")
 
 
 def run(config: RepresentationCommand) -> None:
     """Load the models, measure, write the files and print the table."""
-    backbones = load_models(
-        config.models,
-        arch=config.arch,
-        allow_partial=config.allow_partial,
-        untrained_seed=config.seed if config.untrained else None,
-    )
-    result = evaluate(backbones, open_shards(config.data, config.split), config)
+    result = evaluate(config.load(), open_shards(config.data, config.split), config)
     print(table(result))
     info(f"representation: wrote {config.output_dir}/representation.json, .npz, .csv and plots")
 
@@ -112,15 +92,9 @@ def evaluate(backbones: Mapping[str, Backbone], shards: ShardSet, config: Repres
     result = EvalResult(
         task="representation",
         protocol="representation/1",
-        model=one_or_all(records, {"source": ", ".join(records)}),
-        data={
-            "source": shards.source,
-            "split": shards.split,
-            "fingerprint": shards.fingerprint,
-            "images": len(indices),
-            "views": config.views,
-        },
-        preprocessing=one_or_all(preprocessing, {}),
+        model=model_records(records),
+        data=data_record(shards, images=len(indices), views=config.views),
+        preprocessing=one_or_all(preprocessing),
         figures=figures(layers, many=len(backbones) > 1),
         details={"layers": [details(key, layer) for key, layer in layers.items()]},
         seed=config.seed,

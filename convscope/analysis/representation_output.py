@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from convscope.analysis.common import write_csv
+from convscope.analysis.common import aligned, write_result
 from convscope.analysis.representation import PowerLaw
-from convscope.core.files import atomic_write
-from convscope.core.results import EvalResult, Figure, save_result
+from convscope.core.results import EvalResult, Figure
 from convscope.plots.representation import StageCurves, draw_cka, draw_stages
 
 POOLED = "pooled"  # what the network hands its classifier
@@ -68,11 +67,9 @@ def table(result: EvalResult) -> str:
         cells += [alpha, *(_cell(row["figures"].get(name)) for name in ("uniformity", "alignment", "lidar"))]
         lines.append((row["model"] if row["model"] != previous else "", row["layer"], str(row["width"]), *cells))
         previous = row["model"]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     ends = {row["model"]: row for row in result.details["layers"]}  # the last layer of each
-    text += [f"{model}: {row['verdict']}: {row['because']}" for model, row in ends.items()]
-    return "\n".join(text)
+    verdicts = [f"{model}: {row['verdict']}: {row['because']}" for model, row in ends.items()]
+    return "\n".join([*aligned(lines), *verdicts])
 
 
 def _cell(value: float | None) -> str:
@@ -115,23 +112,26 @@ def write(
     arrays: dict[str, Any] = {"models": models, "layers": names, "cka": cka.numpy(), "cka_biased": np.array(biased)}
     arrays |= {f"eigenvalues_{index}": layer.eigenvalues.numpy() for index, layer in enumerate(layers.values())}
     arrays |= {f"std_{index}": layer.deviations.numpy() for index, layer in enumerate(layers.values())}
-    with atomic_write(folder / "representation.npz") as file:
-        np.savez_compressed(file, **arrays)
     rows = []
     for (label, name), layer in layers.items():
         for metric, figure in layer.figures.items():
             rows.append((label, name, layer.width, metric, figure.value, figure.low, figure.high, figure.n))
     header = ("model", "layer", "width", "metric", "value", "low", "high", "images")
-    write_csv(folder / "representation.csv", header, rows)
     cka_rows = [
         (*first, *second, float(cka[i, j])) for i, first in enumerate(layers) for j, second in enumerate(layers)
     ]
     cka_header = ("model", "layer", "other model", "other layer", "unbiased linear CKA")
-    write_csv(folder / "representation-cka.csv", cka_header, cka_rows)
-    draw_stages(_curves(layers)).save(folder / "representation.png", folder / "representation.svg")
-    cka_files = [folder / f"representation-cka{suffix}" for suffix in (".png", ".svg")]
-    draw_cka(cka.numpy(), list(layers)).save(*cka_files)
-    save_result(folder / "representation.json", result)
+    write_result(
+        folder,
+        "representation",
+        result,
+        arrays=arrays,
+        tables={"representation": (header, rows), "representation-cka": (cka_header, cka_rows)},
+        pictures={
+            "representation": draw_stages(_curves(layers)),
+            "representation-cka": draw_cka(cka.numpy(), list(layers)),
+        },
+    )
 
 
 def _curves(layers: Mapping[tuple[str, str], Layer]) -> list[StageCurves]:

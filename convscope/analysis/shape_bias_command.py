@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from convscope.analysis.category_heads import LabelledImages, labelled_images
-from convscope.analysis.common import load_models, one_or_all
+from convscope.analysis.common import load_models, model_records, one_or_all
 from convscope.analysis.cue_conflict import cue_conflict
 from convscope.analysis.cue_preference import CuePreferenceConfig, drawings, measure, random_pairings
 from convscope.analysis.deciders import HeadConfig, deciders
@@ -186,9 +186,9 @@ def _result(
     return EvalResult(
         task=task,
         protocol=protocol,
-        model=one_or_all(records, {"source": ", ".join(records)}) if records else {"source": ", ".join(report.rows)},
+        model=model_records(records) if records else {"source": ", ".join(report.rows)},
         data=data,
-        preprocessing=one_or_all(preprocessing, {}) if records else {},
+        preprocessing=one_or_all(preprocessing) if records else {},
         figures=figures(report),
         details={"compat": config.compat, **details(report)},
         seed=config.seed,

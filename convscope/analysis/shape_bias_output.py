@@ -1,18 +1,16 @@
 """Files and tables of cue conflicts."""
 
-import csv
 import dataclasses
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convscope.analysis.common import aligned, write_result
 from convscope.analysis.shape_bias import Consistency, Row, category_order
-from convscope.core.files import atomic_write, write_bytes
-from convscope.core.results import EvalResult, Figure, save_result
+from convscope.core.results import EvalResult, Figure
 from convscope.plots.shape_bias import CueSeries, draw_consistency, draw_cue_bias
 
 
@@ -84,15 +82,11 @@ def table(report: CueReport) -> str:
         bias = "- (coverage at chance)" if cues.bias is None else _interval(cues.bias, 4)
         alike = [_kappa_with(report.consistency, index, people)] if kappa and report.consistency else []
         lines.append((label, str(row.details.get("head", row.kind)), bias, *shares, *alike))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def write(folder: Path, task: str, result: EvalResult, report: CueReport) -> list[str]:
     """Write TASK.json, .npz, .csv and the plots; the names of the files."""
-    with atomic_write(folder / f"{task}.npz") as file:
-        np.savez_compressed(file, **_arrays(report))
-    write_bytes(folder / f"{task}.csv", _csv(report).encode())
     order = category_order(report.rows, len(report.categories))
     series = [
         CueSeries(
@@ -106,14 +100,12 @@ def write(folder: Path, task: str, result: EvalResult, report: CueReport) -> lis
         )
         for label, row in report.rows.items()
     ]
-    pictures = [folder / f"{task}.png", folder / f"{task}.svg"]
-    draw_cue_bias(series, report.categories, order, report.chance).save(*pictures)
+    pictures = {task: draw_cue_bias(series, report.categories, order, report.chance)}
     if report.consistency is not None:
-        matrix = [folder / f"{task}-consistency.png", folder / f"{task}-consistency.svg"]
-        draw_consistency(list(report.rows), report.consistency.kappa).save(*matrix)
-        pictures += matrix
-    save_result(folder / f"{task}.json", result)
-    return [f"{task}.json", f"{task}.npz", f"{task}.csv", *(path.name for path in pictures)]
+        pictures[f"{task}-consistency"] = draw_consistency(list(report.rows), report.consistency.kappa)
+    header = ("observer", "kind", "category", "texture_fraction", "low", "high", "coverage", "shape", "texture")
+    tables = {task: (header, _rows(report))}
+    return write_result(folder, task, result, arrays=_arrays(report), tables=tables, pictures=pictures)
 
 
 def _arrays(report: CueReport) -> dict[str, Any]:
@@ -134,21 +126,17 @@ def _arrays(report: CueReport) -> dict[str, Any]:
     return arrays
 
 
-def _csv(report: CueReport) -> str:
+def _rows(report: CueReport) -> Iterator[list[Any]]:
     """What the plots show: a row for each observer and category, and one for all of them."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["observer", "kind", "category", "texture_fraction", "low", "high", "coverage", "shape", "texture"])
     for label, row in report.rows.items():
         cues, bias = row.cues, row.cues.bias
         whole: list[Any] = ["", "", ""]
         if bias is not None and bias.low is not None and bias.high is not None:
             whole = [1 - bias.value, 1 - bias.high, 1 - bias.low]
-        writer.writerow([label, row.kind, "all", *whole, cues.coverage.value, cues.shape.value, cues.texture.value])
+        yield [label, row.kind, "all", *whole, cues.coverage.value, cues.shape.value, cues.texture.value]
         for name, value in zip(report.categories, cues.by_category):
             known = bias is not None and math.isfinite(value)
-            writer.writerow([label, row.kind, name, 1 - value if known else "", *[""] * 5])
-    return text.getvalue()
+            yield [label, row.kind, name, 1 - value if known else "", *[""] * 5]
 
 
 def _kappa_with(consistency: Consistency, index: int, people: Sequence[int]) -> str:

@@ -5,27 +5,24 @@ from pathlib import Path
 
 import tyro
 
-from convscope.core.config import parse_assignments
-from convscope.core.models import load_backbone, save_backbone
+from convscope.core.models import LoadsModel, save_backbone
+from convscope.core.options import AllowPartial, Arch, ModelArguments
 from convscope.core.pairs.model import load_image_text
 from convscope.core.pairs.open_clip_format import export_open_clip
 from convscope.core.reparameterization import reparameterized
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportBackbone:
+class ExportBackbone(LoadsModel):
     """Write a backbone under timm's keys; timm.create_model(ARCH, num_classes=0, checkpoint_path=FILE) loads it."""
 
     model: tyro.conf.Positional[str]
     """Checkpoint, run directory, or timm:NAME (docs/design.md, Models)."""
     output: Path
     """The .safetensors file to write."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    model_args: tuple[str, ...] = ()
-    """Its arguments, such as depths=2,2,6,2."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
+    arch: Arch = None
+    model_args: ModelArguments = ()
+    allow_partial: AllowPartial = 1.0
     reparameterize: bool = False
     """Merge parallel branches and BatchNorm into single convolutions that compute the same, for inference
     (UniRepLKNet, RepLKNet, timm's FastViT)."""
@@ -43,8 +40,7 @@ class ExportOpenClip:
 
 def run_backbone(config: ExportBackbone) -> None:
     """Load, write and name the file."""
-    arguments = parse_assignments(config.model_args)
-    backbone = load_backbone(config.model, arch=config.arch, model_args=arguments, allow_partial=config.allow_partial)
+    backbone = config.load()
     save_backbone(config.output, reparameterized(backbone) if config.reparameterize else backbone)
     print(config.output)
 

@@ -66,6 +66,24 @@ def load_backbone(
     return load_weights(file, recipe, model_args or {}, source=source, allow_partial=allow_partial)
 
 
+class LoadsModel:
+    """Commands that load one model; each declares these settings where its --help shows them."""
+
+    model: str
+    arch: str | None
+    model_args: tuple[str, ...]
+    allow_partial: float
+
+    def load(self) -> Backbone:
+        """The model.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        arguments = parse_assignments(self.model_args)
+        return load_backbone(self.model, arch=self.arch, model_args=arguments, allow_partial=self.allow_partial)
+
+
 def save_backbone(path: Path, backbone: Backbone) -> None:
     """Write the weights under timm's keys, with architecture, model_args and preprocessing as metadata.
 

@@ -16,6 +16,7 @@ from convscope.core.data.shard_set import ShardSet
 from convscope.core.data.subset import read_labels
 from convscope.core.data.transforms import Normalize, crop_flip
 from convscope.core.errors import UserError
+from convscope.core.options import require_at_least
 from convscope.core.results import EvalResult, Figure, save_result
 from convscope.core.training.config import RESUMABLE, Hook, TrainConfig, TrainData
 from convscope.core.training.loop import train
@@ -28,7 +29,6 @@ from convscope.eval.common import (
     open_both,
     percent,
     print_table,
-    require_at_least,
     require_two_splits,
 )
 from convscope.eval.features import POOLED

@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from convscope.core.backbone import Backbone, Preprocessing
 from convscope.core.data.transforms import interpolation_mode
 from convscope.core.errors import UserError
+from convscope.core.options import require_at_least
 from convscope.core.training.objective import Batch, Objective, StepOutput
 from convscope.eval.conv_bn import fold, freeze_statistics
 
@@ -47,9 +48,7 @@ class ClassificationConfig:
         for name in ("label_smoothing", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        require_at_least(self, 0, "mixup", "cutmix")
 
     def augmentation(self, preprocessing: Preprocessing) -> Callable[[Tensor], Tensor] | None:
         """What happens to a crop uint8 (3, H, W), before it is normalised.

@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from convscope.core.backbone import Backbone
-from convscope.core.config import parse_assignments
 from convscope.core.data.shard_set import ShardSet, open_shards
 from convscope.core.distributed import is_main, pick_device, process_group
 from convscope.core.errors import UserError
 from convscope.core.files import cache_dir
 from convscope.core.log import info
-from convscope.core.models import load_backbone, model_record
+from convscope.core.models import LoadsModel, model_record
+from convscope.core.options import AllowPartial, Arch, Device, ModelArguments, require_at_least
 from convscope.core.results import EvalResult, Figure, Samples, save_result
 from convscope.eval.feature_store import Store
 from convscope.eval.features import Features, Pool, Precision, extract
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureSettings:
+class FeatureSettings(LoadsModel):
     """Which features of which model."""
 
     model: tyro.conf.Positional[str]
@@ -44,12 +44,9 @@ class FeatureSettings:
     """Stage names, last, pooled (the network's own pooling), or all; layer3+layer4 stands for both side by side."""
     pool: Pool = "avg"
     """How the map of a stage becomes a vector; cls is the class token of a transformer."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    model_args: tuple[str, ...] = ()
-    """Its arguments, such as depths=2,2,6,2."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
+    arch: Arch = None
+    model_args: ModelArguments = ()
+    allow_partial: AllowPartial = 1.0
     precision: Precision = "fp32"
     """Arithmetic of the backbone."""
     store: Store = "fp32"
@@ -87,20 +84,12 @@ class FrozenFeatures(FeatureSettings):
 class EvalSettings:
     """How any evaluation of features runs."""
 
-    device: str = "auto"
-    """cuda, cpu, or auto."""
+    device: Device = "auto"
     seed: int = 0
     """Of the intervals, and of whatever else is drawn."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "seed")
-
-
-def require_at_least(config: object, least: int, *names: str) -> None:
-    """Raise a UserError where one of the named settings is below `least`."""
-    for name in names:
-        if (value := getattr(config, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def require_labels(config: FrozenFeatures) -> None:
@@ -120,16 +109,10 @@ def require_file_name(output: Path | None) -> None:
         raise UserError(f"--output {output}: {folder} is {'not writable' if folder.is_dir() else 'no folder'}")
 
 
-def open_backbone(config: FeatureSettings) -> Backbone:
-    """The model."""
-    arguments = parse_assignments(config.model_args)
-    return load_backbone(config.model, arch=config.arch, model_args=arguments, allow_partial=config.allow_partial)
-
-
 def open_both(config: FrozenFeatures) -> tuple[Backbone, ShardSet, ShardSet]:
     """The model, the train split and the test split."""
     train, test = open_shards(config.data, config.train_split), open_shards(config.data, config.test_split)
-    return open_backbone(config), train, test
+    return config.load(), train, test
 
 
 def same_samples(train: ShardSet, test: ShardSet) -> bool:

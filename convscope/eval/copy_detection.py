@@ -14,12 +14,12 @@ from convscope.core.data.shard_set import Sample, ShardSet, open_shards
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.models import model_record
+from convscope.core.options import require_at_least
 from convscope.core.results import EvalResult, Figure, bootstrap
 from convscope.eval.descriptors import (
     DescriptorCommand,
     Pooling,
     describe,
-    open_model,
     report,
     settings_record,
     whitening_of,
@@ -68,9 +68,7 @@ class CopyDetectionCommand(DescriptorCommand):
         folders = [self.queries, self.gallery]
         if (self.data is None) != all(folders) or (self.data is not None and any([*folders, self.distractors])):
             raise UserError("name either --queries and --gallery (folders of images) or --data (shards)")
-        for name, value in (("link-letters", self.link_letters), ("depth", self.depth)):
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, got {value}")
+        require_at_least(self, 1, "link_letters", "depth")
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Linked:
 def run(config: CopyDetectionCommand) -> None:
     """Load, describe, rank, print a table and write the result."""
     copies, originals = open_linked(config)
-    result = evaluate(open_model(config), copies, originals, config)
+    result = evaluate(config.load(), copies, originals, config)
     report(result, config, result.figures)
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convscope.core.backbone import Backbone
-from convscope.core.config import parse_assignments
 from convscope.core.data.transforms import Normalize
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import progress
-from convscope.core.models import load_backbone
+from convscope.core.models import LoadsModel
+from convscope.core.options import AllowPartial, Arch, require_at_least
 from convscope.core.results import EvalResult, Figure
-from convscope.eval.common import EvalSettings, percent, print_table, require_at_least, require_file_name, save_at
+from convscope.eval.common import EvalSettings, percent, print_table, require_file_name, save_at
 from convscope.eval.pictures import Fit, PictureFiles, Pictures, find_pictures, picture_batches
 
 Pooling = Literal["gem", "avg", "max", "cls", "cls+gem", "pooled"]
@@ -29,7 +29,7 @@ GEM_FLOOR = 1e-6  # as in the published code
 
 
 @dataclass(frozen=True, kw_only=True)
-class DescriptorCommand(EvalSettings):
+class DescriptorCommand(LoadsModel, EvalSettings):
     """Which descriptor of which model."""
 
     model: tyro.conf.Positional[str]
@@ -45,12 +45,10 @@ class DescriptorCommand(EvalSettings):
     """Folder of images, others than those of the benchmark, from which PCA whitening is learned."""
     whiten_dimensions: int | None = None
     """How many are kept; default all."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
+    arch: Arch = None
     model_args: tuple[str, ...] = ()
     """Its arguments; a transformer takes pictures of any shape with dynamic_img_size=True dynamic_img_pad=True."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
+    allow_partial: AllowPartial = 1.0
     batch_size: int = 32
     """Images of one shape at a time; the result does not depend on it."""
     workers: int = 2
@@ -190,16 +188,6 @@ def whitening_of(config: DescriptorCommand, described: Callable[[PictureFiles], 
         return None
     x = described(PictureFiles(find_pictures(config.whiten_images)))
     return learn_whitening(x, config.whiten_dimensions)
-
-
-def open_model(config: DescriptorCommand) -> Backbone:
-    """The model that the settings name."""
-    return load_backbone(
-        config.model,
-        arch=config.arch,
-        model_args=parse_assignments(config.model_args),
-        allow_partial=config.allow_partial,
-    )
 
 
 def settings_record(backbone: Backbone, config: DescriptorCommand, *, fit: Fit, **more: Any) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from convscope.core.errors import UserError
 from convscope.core.files import atomic_write, write_bytes, write_json
 from convscope.core.log import info
 from convscope.core.models import model_record
+from convscope.core.options import Device
 from convscope.core.results import versions
-from convscope.eval.common import FeatureSettings, features_of, open_backbone
+from convscope.eval.common import FeatureSettings, features_of
 from convscope.eval.features import Features
 
 
@@ -29,8 +30,7 @@ class FeaturesCommand(FeatureSettings):
     """Folder for the arrays."""
     splits: tuple[str, ...] = ("train", "test")
     """Which to extract."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +45,7 @@ def run(config: FeaturesCommand) -> None:
         UserError: what loading, reading or extracting refuses.
     """
     parts = [open_shards(config.data, split) for split in config.splits]
-    backbone = open_backbone(config)
+    backbone = config.load()
     about = {"model": model_record(backbone), "preprocessing": asdict(backbone.preprocessing), "versions": versions()}
     with process_group(pick_device(config.device)):
         for shards in parts:

@@ -14,6 +14,7 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import progress
 from convscope.core.neighbours import neighbours
+from convscope.core.options import require_at_least
 from convscope.core.results import Figure
 from convscope.core.softmax_regression import softmax_regression
 from convscope.eval.best_layer import settings_of
@@ -27,7 +28,6 @@ from convscope.eval.common import (
     open_both,
     percent,
     print_table,
-    require_at_least,
     require_two_splits,
     save_at,
 )

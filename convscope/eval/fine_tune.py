@@ -25,6 +25,7 @@ from convscope.core.data.subset import per_class_subset, read_labels
 from convscope.core.data.transforms import Normalize, crop_flip, eval_transform
 from convscope.core.errors import UserError
 from convscope.core.models import load_backbone, model_record, save_backbone, untrained_twin
+from convscope.core.options import ModelArguments, require_at_least
 from convscope.core.results import EvalResult, Figure, bootstrap, save_result
 from convscope.core.training.config import RESUMABLE, TrainConfig, TrainData
 from convscope.core.training.loop import train
@@ -65,8 +66,7 @@ class FineTuneCommand:
     """Run directory; the same command continues a run that is there."""
     arch: str | None = None
     """Architecture of a bare weights file."""
-    model_args: tuple[str, ...] = ()
-    """Its arguments, such as depths=2,2,6,2."""
+    model_args: ModelArguments = ()
     allow_partial: float = 1.0
     """Share of the backbone's weights that the checkpoint must provide."""
     from_scratch: bool = False
@@ -92,8 +92,7 @@ class FineTuneCommand:
     train: tyro.conf.OmitArgPrefixes[TrainConfig]
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise UserError(f"--size must be at least 1, got {self.size}")
+        require_at_least(self, 1, "size")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             low, high = self.crop_scale
             raise UserError(f"--crop-scale needs two shares between 0 and 1, the smaller first, got {low:g} {high:g}")

@@ -7,32 +7,27 @@ from typing import Any
 import tyro
 
 from convscope.core.backbone import Backbone
-from convscope.core.config import parse_assignments
-from convscope.core.models import load_backbone, model_record
+from convscope.core.models import LoadsModel, model_record
+from convscope.core.options import AllowPartial, Arch, ModelArguments
 from convscope.eval.common import print_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoCommand:
+class InfoCommand(LoadsModel):
     """Load a model as every evaluation would and say what it is; nothing is computed."""
 
     model: tyro.conf.Positional[str]
     """Checkpoint, run directory, timm:NAME, open_clip:NAME/PRETRAINED, ... (docs/design.md, Models)."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
-    model_args: tuple[str, ...] = ()
-    """Its arguments, such as depths=2,2,6,2."""
-    allow_partial: float = 1.0
-    """Accepted share of the backbone's weights that a checkpoint provides."""
+    arch: Arch = None
+    model_args: ModelArguments = ()
+    allow_partial: AllowPartial = 1.0
     json: bool = False
     """Print JSON instead of tables."""
 
 
 def run(config: InfoCommand) -> None:
     """Load, describe and print."""
-    arguments = parse_assignments(config.model_args)
-    backbone = load_backbone(config.model, arch=config.arch, model_args=arguments, allow_partial=config.allow_partial)
-    described = describe(backbone)
+    described = describe(config.load())
     if config.json:
         print(json.dumps(described, indent=2))
         return

@@ -14,6 +14,7 @@ from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import info
 from convscope.core.neighbours import neighbours
+from convscope.core.options import require_at_least
 from convscope.core.results import EvalResult, Figure, Samples
 from convscope.eval.best_layer import settings_of
 from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth
@@ -25,7 +26,6 @@ from convscope.eval.common import (
     open_both,
     percent,
     print_table,
-    require_at_least,
     require_same_keys,
     same_samples,
     save_at,

@@ -11,7 +11,7 @@ from convscope.core.backbone import Backbone
 from convscope.core.errors import UserError
 from convscope.core.models import model_record
 from convscope.core.results import EvalResult, Figure, bootstrap
-from convscope.eval.descriptors import DescriptorCommand, describe, open_model, report, settings_record, whitening_of
+from convscope.eval.descriptors import DescriptorCommand, describe, report, settings_record, whitening_of
 from convscope.eval.pictures import PictureFiles, files_hash, find_pictures, named_pictures
 from convscope.eval.revisited import LEVELS, GroundTruth, evaluate_level, read_ground_truth
 
@@ -46,7 +46,7 @@ class LandmarksCommand(DescriptorCommand):
 
 def run(config: LandmarksCommand) -> None:
     """Load, describe, rank, print a table and write the result."""
-    result = evaluate(open_model(config), read_ground_truth(config.ground_truth), config)
+    result = evaluate(config.load(), read_ground_truth(config.ground_truth), config)
     report(result, config, result.figures)
 
 

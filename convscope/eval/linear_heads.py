@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from convscope.core.errors import UserError
+from convscope.core.options import require_at_least
 from convscope.eval.average_precision import average_precision
-from convscope.eval.common import EvalSettings, require_at_least
+from convscope.eval.common import EvalSettings
 
 HOLDOUT = 10  # one train image in ten chooses the head
 MOMENTUM = 0.9
@@ -45,10 +46,7 @@ class LinearProbeConfig(EvalSettings):
 
     def __post_init__(self) -> None:
         EvalSettings.__post_init__(self)
-        require_at_least(self, 1, "min_steps")
-        for name in ("epochs", "sgd_batch_size"):
-            if getattr(self, name) is not None:
-                require_at_least(self, 1, name)
+        require_at_least(self, 1, "min_steps", "epochs", "sgd_batch_size")
         lrs = LRS if self.lrs is None else self.lrs
         if not lrs or not self.weight_decays or min(lrs) <= 0 or min(self.weight_decays) < 0:
             raise UserError("--lrs must be above 0 and --weight-decays at least 0, one of each or more")

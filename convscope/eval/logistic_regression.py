@@ -9,10 +9,11 @@ from torch import Tensor
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.log import progress
+from convscope.core.options import require_at_least
 from convscope.core.softmax_regression import Solution, softmax_regression
 from convscope.eval.best_layer import Probe, probe_layers, settings_of, show_layers
 from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth
-from convscope.eval.common import EvalSettings, FrozenFeatures, require_at_least
+from convscope.eval.common import EvalSettings, FrozenFeatures
 from convscope.eval.features import Features
 
 TASK = "logreg"

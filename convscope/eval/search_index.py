@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from convscope.core.errors import UserError
 from convscope.core.neighbours import neighbours
+from convscope.core.options import require_at_least
 from convscope.eval.ranking import ROWS
 
 IndexKind = Literal["flat", "ivf", "pq", "ivf-pq", "hnsw"]
@@ -41,10 +42,7 @@ class IndexSettings:
     """hnsw: breadth of the search."""
 
     def __post_init__(self) -> None:
-        given = {"candidates": self.candidates, "nlist": self.nlist, "nprobe": self.nprobe, "m": self.m, "ef": self.ef}
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, got {value}")
+        require_at_least(self, 1, "candidates", "nlist", "nprobe", "m", "ef")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from convscope.core.errors import UserError
 from convscope.core.log import progress
+from convscope.core.options import require_at_least
 from convscope.core.results import BOOTSTRAP_RESAMPLES, Figure, Samples
 from convscope.eval.best_layer import Probe, probe_layers, settings_of, show_layers
 from convscope.eval.classes import accuracies, hits_of, labelled, rank_of_truth, require_fit
-from convscope.eval.common import EvalSettings, FrozenFeatures, require_at_least, require_labels
+from convscope.eval.common import EvalSettings, FrozenFeatures, require_labels
 from convscope.eval.features import Features
 from convscope.eval.svm_fit import FitSettings, fit_classes
 
@@ -55,9 +56,7 @@ class SvmConfig(EvalSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 2, "folds")
-        if self.processes is not None:
-            require_at_least(self, 1, "processes")
-        require_at_least(self, 1, "max_iter")
+        require_at_least(self, 1, "processes", "max_iter")
         require_at_least(self, 0, "whiten")
         if not self.costs or not min(self.costs) > 0:
             raise UserError(f"--costs must name numbers above 0, got {self.costs}")

@@ -12,12 +12,13 @@ from convscope.core.data.subset import read_labels
 from convscope.core.distributed import pick_device
 from convscope.core.errors import UserError
 from convscope.core.memory import keep_freed_memory
+from convscope.core.options import require_at_least
 from convscope.core.pairs.embed import embed_classes, embed_images
 from convscope.core.pairs.pair import load_pair
 from convscope.core.pairs.prompts import template_list, text_lines
 from convscope.core.results import EvalResult
 from convscope.eval.classes import accuracies, hits_of, rank_of_truth
-from convscope.eval.common import EvalSettings, percent, print_table, require_at_least, require_file_name, save_at
+from convscope.eval.common import EvalSettings, percent, print_table, require_file_name, save_at
 
 TASK = "zero-shot"
 PROTOCOL = "zero-shot/1"

@@ -14,6 +14,7 @@ from convscope.core.backbone import Backbone
 from convscope.core.errors import UserError
 from convscope.core.files import read_bytes
 from convscope.core.log import info
+from convscope.core.options import Arch, Device
 from convscope.core.results import EvalResult
 from convscope.report.analyses import ANALYSES, Analysis
 from convscope.report.html import Image, Links, Part, Section, Text, write_report
@@ -42,12 +43,10 @@ class AllCommand:
     """Measure each model's randomly initialised twin too."""
     seed: int = 0
     """Of images, intervals and untrained twins."""
-    arch: str | None = None
-    """Architecture of weights that do not name their own."""
+    arch: Arch = None
     allow_partial: float = 1.0
     """Accepted share of a backbone's weights that a checkpoint provides."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
+    device: Device = "auto"
     output_dir: Path = Path("analysis")
     """Where report.html and a folder for each analysis go."""
 

@@ -36,8 +36,8 @@ def test_short_labels(labels: list[str], short: list[str]) -> None:
 
 
 def test_one_record_where_all_are_the_same() -> None:
-    assert one_or_all({"a": {"x": 1}, "b": {"x": 1}}, {}) == {"x": 1}
-    assert one_or_all({"a": {"x": 1}, "b": {"x": 2}}, {"s": 0}) == {"s": 0, "models": {"a": {"x": 1}, "b": {"x": 2}}}
+    assert one_or_all({"a": {"x": 1}, "b": {"x": 1}}) == {"x": 1}
+    assert one_or_all({"a": {"x": 1}, "b": {"x": 2}}, s=0) == {"s": 0, "models": {"a": {"x": 1}, "b": {"x": 2}}}
 
 
 def test_everything_of_a_result_is_written(tmp_path: Path) -> None:
