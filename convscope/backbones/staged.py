@@ -80,7 +80,7 @@ class StagedNetwork(nn.Module):
             x: images (B, in_chans, H, W).
             indices: which stages.
             norm: apply the last norm to the last stage's map.
-            stop_early: run no stage beyond the last one wanted.
+            stop_early: run no stage beyond the last one wanted; the final features are then its map.
             output_fmt: only NCHW.
             intermediates_only: return the maps alone and not (final features, maps).
         """
@@ -92,16 +92,17 @@ class StagedNetwork(nn.Module):
             x = self._run(stage, x)
             if i in taken:
                 maps.append(self.norm(x) if norm and i == len(self.stages) - 1 else x)
-        return maps if intermediates_only else (self.norm(x), maps)
+        whole = not stop_early or last == len(self.stages) - 1
+        return maps if intermediates_only else (self.norm(x) if whole else x, maps)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the maps of the stages `indices` do not need; returns those indices counted from 0."""
         taken, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if prune_norm or last < len(self.stages) - 1:  # the norm is of the last stage's width
             self.norm = nn.Identity()
+        self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0)
         return list(taken)

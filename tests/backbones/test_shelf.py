@@ -195,6 +195,18 @@ def test_maps_have_the_promised_widths_and_strides(name: str):
     assert [tuple(x.shape) for x in chosen(images)] == [expected[0], expected[2]]
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if hasattr(family.small.build(), "stages")])
+def test_first_stages_run_without_the_others(name: str):
+    model = FAMILIES[name].small.build(num_classes=0).eval()
+    images = torch.randn(2, 3, *FAMILIES[name].sizes[0])
+    expected = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    final, maps = model.forward_intermediates(images, indices=[0, 1], stop_early=True)
+    torch.testing.assert_close([final, *maps], [expected[1], *expected])
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert len(model.stages) == 2
+    torch.testing.assert_close(model.forward_features(images), expected[1])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_usual_timm_arguments_work(name: str):
     height, width = FAMILIES[name].sizes[0]
