@@ -14,7 +14,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from convscope.ssl.sparse.spatial import Form, Geometry, choose_form, convolve
+from convscope.ssl.sparse.geometry import Geometry
+from convscope.ssl.sparse.spatial import Form, choose_form, convolve
 from convscope.ssl.sparse.units import VisibleUnits
 
 LAYERS = {  # name: (convolution, side of a unit before it)

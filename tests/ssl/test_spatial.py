@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convscope.ssl.sparse.spatial import Form, Geometry, choose_form, convolve, max_pool
+from convscope.ssl.sparse.geometry import Geometry
+from convscope.ssl.sparse.pooling import max_pool
+from convscope.ssl.sparse.spatial import Form, choose_form, convolve
 from convscope.ssl.sparse.units import VisibleUnits
 
 GRID = (2, 3)
@@ -139,7 +141,7 @@ def test_both_ways_to_a_depthwise_weight_gradient(side: int, kernel: int, monkey
     x = torch.randn(3 * units.count, 3, side, side, dtype=torch.float64)
     found = []
     for cost in (0, 1e9):  # of images: always them, never them
-        monkeypatch.setattr("convscope.ssl.sparse.spatial.IMAGE_COST", cost)
+        monkeypatch.setattr("convscope.ssl.sparse.depthwise.IMAGE_COST", cost)
         out = convolve("depthwise", x, layer.weight, layer.bias, Geometry.of(layer), units)
         found.append(torch.autograd.grad(out.square().sum(), layer.weight)[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from convscope.backbones.tvconv import TVConv
 from convscope.core.errors import UserError
-from convscope.ssl.sparse.spatial import Axis, Chooser, Geometry, choose_form, compute_dtype, convolve, max_pool
+from convscope.ssl.sparse.geometry import Axis, Geometry
+from convscope.ssl.sparse.pooling import max_pool
+from convscope.ssl.sparse.spatial import Chooser, choose_form, compute_dtype, convolve
 from convscope.ssl.sparse.units import VisibleUnits, to_map, to_rows
 
 MIXING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d, TVConv)

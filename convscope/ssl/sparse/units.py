@@ -190,3 +190,8 @@ def to_rows(maps: Tensor) -> Tensor:
 def to_map(rows: Tensor, count: int, height: int, width: int) -> Tensor:
     """(N*H*W, C) -> (N, C, H, W), channels-last, no copy."""
     return rows.view(count, height, width, -1).permute(0, 3, 1, 2)
+
+
+def read_places(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of units (B*K, C, b, b) at the places of a window: (places, C), zero where masked or outside."""
+    return with_border(to_rows(x)).index_select(0, index)
