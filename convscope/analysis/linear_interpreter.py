@@ -5,13 +5,14 @@ every image. Elsewhere gates keep their value (`frozen_gates`): the function has
 and its rows say what the image's pixels add to it, not how the network would change with them.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 
 from convscope.analysis.frozen_gates import FrozenGates
 from convscope.core.backbone import Backbone
@@ -73,8 +74,8 @@ class LinearInterpreter:
         still = (images, self._added)
         nothing = {name: torch.zeros_like(value) for name, value in self._added.items()}
         with torch.no_grad():
-            linear = jvp(self._outputs, still, (images, nothing))[1]
-            bias = jvp(self._outputs, still, (torch.zeros_like(images), self._added))[1]
+            linear = _jvp(self._outputs, still, (images, nothing))
+            bias = _jvp(self._outputs, still, (torch.zeros_like(images), self._added))
             value = _AllStages(self.backbone)(images)  # what the network gives, gates or not
         found = {name: Parts(value[name], linear[name], bias[name]) for name in value}
         worst = max(part.error for part in found.values())
@@ -117,8 +118,7 @@ class LinearInterpreter:
         step = torch.zeros_like(images)
         step[:, :, top : top + side, left : left + side] = 1
         with torch.no_grad():
-            found: dict[str, Tensor] = jvp(lambda x: self._outputs(x, self._added), (images,), (step,))[1]
-        return found
+            return _jvp(lambda x: self._outputs(x, self._added), (images,), (step,))
 
     def _outputs(self, images: Tensor, added: dict[str, Tensor]) -> dict[str, Tensor]:
         with FrozenGates() as gates:
@@ -130,6 +130,14 @@ class LinearInterpreter:
         with torch.enable_grad(), FrozenGates() as gates:
             _AllStages(self.backbone)(images.detach().requires_grad_())
         return {name.rsplit(".", 1)[-1].strip("_") for name in gates.unfrozen}
+
+
+def _jvp(function: Callable[..., dict[str, Tensor]], at: tuple[Any, ...], along: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The forward derivative, without torch's warning about the torch.jit in it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        derivative: dict[str, Tensor] = torch.func.jvp(function, at, along)[1]
+    return derivative
 
 
 class _AllStages(torch.nn.Module):

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGUSR2 as a flag that the loop reads between steps."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def stop_signal() -> Iterator[Stop]:
         stop.signal = number
         if number == signal.SIGINT:
             signal.signal(number, previous[number])
+            if distributed.is_main():  # a step may take minutes; a stream may be in use where the signal arrives
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to lose what is not saved\n")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         previous[number] = signal.getsignal(number)

@@ -100,6 +100,7 @@ def test_a_signal_saves_and_says_how_to_go_on(data: Path, tmp_path: Path, number
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "all saved" in said
+    assert ("press Ctrl-C again" in said) == (number == signal.SIGINT)
     assert "Traceback" not in said
     step = torch.load(latest_checkpoint(tmp_path / "run"), weights_only=True)["step"]
     assert 0 < step < 1000  # saved where it stopped, not at the next interval
