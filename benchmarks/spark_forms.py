@@ -42,7 +42,11 @@ LAYERS = {  # name: (convolution, side of a unit before it)
     "7x7 depthwise, 768": (nn.Conv2d(768, 768, 7, 1, 3, groups=768), 1),
     "13x13 depthwise, 80": (nn.Conv2d(80, 80, 13, 1, 6, groups=80), 8),
     "13x13 depthwise, 320": (nn.Conv2d(320, 320, 13, 1, 6, groups=320), 2),
+    "13x13 depthwise, 640": (nn.Conv2d(640, 640, 13, 1, 6, groups=640), 1),
     "31x31 depthwise, 128": (nn.Conv2d(128, 128, 31, 1, 15, groups=128), 8),
+    "29x29 depthwise, 256": (nn.Conv2d(256, 256, 29, 1, 14, groups=256), 4),
+    "27x27 depthwise, 512": (nn.Conv2d(512, 512, 27, 1, 13, groups=512), 2),
+    "13x13 depthwise, 1024": (nn.Conv2d(1024, 1024, 13, 1, 6, groups=1024), 1),
 }
 
 
@@ -84,6 +88,8 @@ def forms(geometry: Geometry, side: int) -> list[Form]:
         found.append("patch")
     if geometry.depthwise and geometry.same:
         found.append("depthwise")
+        if geometry.y == geometry.x and geometry.taps >= 13**2:
+            found.append("fft")
     return found
 
 

@@ -38,6 +38,8 @@ def forms(geometry: Geometry) -> list[Form]:
         found.append("taps")
     if geometry.depthwise and geometry.same:
         found.append("depthwise")
+        if geometry.y == geometry.x:
+            found.append("fft")
     return found
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from convscope.backbones.large_depthwise import LargeDepthwise
 from convscope.ssl.sparse.units import Reads
 
 
@@ -78,7 +79,8 @@ class Geometry:
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "Geometry | None":
         """The geometry of a layer, None where it is not plain enough for anything but the dense form."""
-        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        known = type(conv) in (nn.Conv2d, LargeDepthwise)
+        if not known or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return None
         y, x = (Axis(*values) for values in zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation))
         plain = y.keeps_grid and x.keeps_grid and y.stride == x.stride
@@ -117,6 +119,11 @@ class Geometry:
     def patch(self) -> bool:
         """Whether inputs fall into blocks, one for each output."""
         return self.y.aligned and self.x.aligned
+
+    @property
+    def taps(self) -> int:
+        """Places from a filter's first corner to its last."""
+        return (self.y.reach + 1) * (self.x.reach + 1)
 
     @property
     def same(self) -> bool:

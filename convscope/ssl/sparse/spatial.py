@@ -3,7 +3,7 @@
 A unit needs its neighbours' borders. *halo* reads them, zero where masked, and convolves without padding; *taps* reads
 every output's inputs side by side and makes the convolution one matrix product, which pays for small units. Both read
 in backward too: the gradient of an input is a gather of the outputs that read it, not a sum over scattered rows.
-*depthwise* and *dense* put the units back into a map, where neighbours already lie side by side. *patch* is for
+*depthwise*, *fft* and *dense* put the units back into a map, where neighbours already lie side by side. *patch* is for
 kernels as large as their stride: a unit needs no neighbour, and the convolution is one matrix product.
 """
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from convscope.backbones.large_depthwise import fft_depthwise
 from convscope.ssl.sparse.depthwise import depthwise
 from convscope.ssl.sparse.geometry import Geometry
 from convscope.ssl.sparse.units import VisibleUnits, read_places, to_map, to_rows, with_border
 
-Form = Literal["dense", "halo", "taps", "depthwise", "patch"]
+Form = Literal["dense", "halo", "taps", "depthwise", "fft", "patch"]
 
 Chooser = Callable[[Geometry, Tensor, VisibleUnits], Form]
 
@@ -33,8 +34,9 @@ def choose_form(geometry: Geometry, x: Tensor, units: VisibleUnits) -> Form:
     height, width = geometry.wide(side)
     if units.count * height * width < units.grid[0] * units.grid[1] * side * side:  # fewer values than the whole map
         return "halo"
-    taps = (geometry.y.reach + 1) * (geometry.x.reach + 1)
-    return "depthwise" if geometry.depthwise and geometry.same and taps > 9 and x.device.type == "cpu" else "dense"
+    if not geometry.depthwise or not geometry.same or geometry.taps <= 9 or x.device.type != "cpu":
+        return "dense"
+    return "fft" if geometry.y == geometry.x and geometry.taps > 13**2 and side > 2 else "depthwise"
 
 
 def compute_dtype(x: Tensor, groups: int) -> torch.dtype:
@@ -54,6 +56,8 @@ def convolve(
     with torch.autocast(x.device.type, enabled=False):
         if form == "dense":
             return _dense(x, weight, bias, geometry, units)
+        if form == "fft":
+            return units.gather(fft_depthwise(units.scatter(x), weight, bias))
         if form == "patch":
             return _patch(x, weight, bias, geometry.stride)
         if form == "halo":
