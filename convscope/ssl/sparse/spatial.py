@@ -36,7 +36,7 @@ def choose_form(geometry: Geometry, x: Tensor, units: VisibleUnits) -> Form:
         return "halo"
     if not geometry.depthwise or not geometry.same or geometry.taps <= 9 or x.device.type != "cpu":
         return "dense"
-    return "fft" if geometry.y == geometry.x and geometry.taps > 13**2 and side > 2 else "depthwise"
+    return "fft" if geometry.y == geometry.x and geometry.taps > 13**2 and side > 4 else "depthwise"
 
 
 def compute_dtype(x: Tensor, groups: int) -> torch.dtype:
