@@ -38,7 +38,7 @@ ERF_IMAGES = 4
 
 INTRODUCTION = """# Backbones
 
-Architectures that timm lacks, in timm's registry once `convscope` is imported:
+Architectures that timm lacks, in timm's registry after `import convscope.backbones`:
 `timm.create_model(NAME, features_only=True)`, and `--backbone NAME` or `--model timm:NAME@random` in commands. The
 authors' checkpoints load with `--arch NAME`. All are written from the papers; of each family
 that has a reference, a variant or more equals the authors' network in float64 on the same weights (`tests/backbones/`).

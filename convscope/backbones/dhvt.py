@@ -16,9 +16,14 @@ from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from convscope.backbones.registration import config, create, register_model
+from convscope.backbones.registration import config, create, refuse, register_model
 
 SQUEEZE = 4  # reduction inside the class token's scaling
+# timm's arguments of layers that are others here
+UNUSED = (
+    *("qkv_bias", "qk_norm", "proj_bias", "scale_attn_norm", "scale_mlp_norm", "attn_layer", "mlp_layer", "act_layer"),
+    *("embed_layer", "reg_tokens", "patch_drop_rate"),
+)
 
 
 class Affine(nn.Module):
@@ -159,6 +164,7 @@ class DHVT(VisionTransformer):  # type: ignore[misc]
     patch_embed: Any
 
     def __init__(self, patch_size: int = 16, mlp_ratio: float = 4.0, **kwargs: Any) -> None:
+        refuse(type(self), kwargs, UNUSED)
         super().__init__(patch_size=patch_size, pos_embed="none", mlp_ratio=1, **{"norm_layer": _norm, **kwargs})
         dim, heads = self.embed_dim, kwargs["num_heads"]
         self.patch_embed = OverlappingPatchEmbed(self.patch_embed.img_size, patch_size, self.in_chans, dim)
@@ -171,7 +177,7 @@ class DHVT(VisionTransformer):  # type: ignore[misc]
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        return torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        return self.pos_drop(torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1))  # type: ignore[no-any-return]
 
 
 def _norm(width: int, **kwargs: Any) -> nn.LayerNorm:

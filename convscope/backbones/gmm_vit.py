@@ -14,9 +14,14 @@ from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from convscope.backbones.registration import config, create, register_model, renamed
+from convscope.backbones.registration import config, create, refuse, register_model, renamed
 
 EPSILON = 1e-5  # added to sigma^2
+# timm's arguments of layers that are others here, or of tokens that have no place in the mask
+UNUSED = (
+    *("qkv_bias", "qk_norm", "proj_bias", "scale_attn_norm", "attn_layer"),
+    *("reg_tokens", "patch_drop_rate", "dynamic_img_size", "dynamic_img_pad"),
+)
 
 
 class GaussianMixtureMask(nn.Module):
@@ -83,6 +88,7 @@ class GaussianMixtureViT(VisionTransformer):  # type: ignore[misc]
     """
 
     def __init__(self, kernels: int = 5, **kwargs: Any) -> None:
+        refuse(type(self), kwargs, UNUSED)
         super().__init__(class_token=False, global_pool="avg", **{"norm_layer": nn.LayerNorm, **kwargs})  # eps 1e-5
         drops = {"attn_drop": kwargs.get("attn_drop_rate", 0.0), "drop": kwargs.get("proj_drop_rate", 0.0)}
         heads = kwargs["num_heads"]

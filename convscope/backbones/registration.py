@@ -8,6 +8,8 @@ import timm.models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from convscope.backbones.staged import StagedNetwork
+
 Network = TypeVar("Network", bound=nn.Module)
 Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
 Names = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]  # (pattern of the authors' name, ours) in turn
@@ -49,7 +51,8 @@ def create(
         out_indices: the maps that `features_only=True` returns unless asked for others.
         kwargs: of timm or of the class.
     """
-    return timm.models.build_model_with_cfg(  # type: ignore[no-any-return]
+    pooling = kwargs.pop("global_pool", None) if issubclass(network, StagedNetwork) else None
+    model = timm.models.build_model_with_cfg(
         network,
         variant,
         pretrained,
@@ -57,6 +60,15 @@ def create(
         feature_cfg={"feature_cls": "getter", "out_indices": out_indices},
         **kwargs,
     )
+    if pooling is not None and isinstance(model, StagedNetwork):
+        model.set_pooling(pooling)
+    return model  # type: ignore[no-any-return]
+
+
+def refuse(network: type[nn.Module], arguments: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise a TypeError for arguments of timm's class that the network's own layers have no use for."""
+    if given := [name for name in names if arguments.get(name)]:
+        raise TypeError(f"{network.__name__} has no {', '.join(given)}")
 
 
 def renamed(name: str, names: Names) -> str:

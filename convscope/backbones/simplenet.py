@@ -66,6 +66,8 @@ class SimpleNet(StagedNetwork):
         layer_drop_rate: dropout of channels after every layer.
     """
 
+    pooling = "max"
+
     def __init__(
         self,
         stages: Stages,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 class StagedNetwork(nn.Module):
     """Stages that each hand one map to the next, a last norm, global pooling and a linear classifier.
 
+    `pooling` names what `pool` does; `global_pool` is that, or "" for maps that stay maps.
+
     Args:
         stages: the network's body.
         channels: of each stage's map.
@@ -21,6 +23,8 @@ class StagedNetwork(nn.Module):
         drop_rate: dropout before the classifier.
         norm: of the last map.
     """
+
+    pooling = "avg"
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class StagedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = self.head_hidden_size = channels[-1]
+        self.global_pool = self.pooling
         self.stages = nn.Sequential(*stages)
         self.norm = norm or nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
@@ -58,7 +63,7 @@ class StagedNetwork(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map -> logits (B, num_classes), or pooled features with `pre_logits`."""
-        x = self.head_drop(self.pool(x))
+        x = self.head_drop(self.pool(x) if self.global_pool else x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,10 +116,23 @@ class StagedNetwork(nn.Module):
         """The last linear layer, an identity where there is no classifier."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier for `num_classes` classes, none for 0."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` classes, none for 0, and another pooling where one is named."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        self.set_pooling(self.global_pool if global_pool is None else global_pool)
+
+    def set_pooling(self, global_pool: str) -> None:
+        """Pool as the network does, or not at all for "".
+
+        Raises:
+            ValueError: another kind of pooling, or none before a classifier.
+        """
+        if global_pool not in ("", self.pooling):
+            raise ValueError(f"{type(self).__name__} pools by {self.pooling!r}, or not with ''; got {global_pool!r}")
+        if not global_pool and self.num_classes:
+            raise ValueError(f"{type(self).__name__}: a classifier needs pooled features; or take num_classes=0")
+        self.global_pool = global_pool
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each stage in the backward pass instead of keeping its activations."""
@@ -133,12 +151,20 @@ class PoolNormNetwork(StagedNetwork):
         self, stages: Sequence[nn.Module], channels: Sequence[int], *, num_classes: int, drop_rate: float
     ) -> None:
         super().__init__(stages, channels, num_classes=num_classes, drop_rate=drop_rate)
-        self.pool_norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.pool_norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-6)
         self.apply(_initialise)
 
     def pool(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C): the mean over positions, normalised."""
         return self.pool_norm(super().pool(x))  # type: ignore[no-any-return]
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As the other networks, and with the head the norm behind the pooling."""
+        if prune_head:
+            self.pool_norm = nn.Identity()
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
 
 def _initialise(module: nn.Module) -> None:

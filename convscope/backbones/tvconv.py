@@ -134,6 +134,8 @@ class TVConvMobileNetV2(StagedNetwork):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
     """
 
+    pooling = "embedding"
+
     def __init__(
         self,
         width_mult: float,

@@ -97,7 +97,7 @@ def _require_fit(match: Match, arch: str, path: Path, recipe: Recipe, allow_part
     if not accepted:
         by = f" ({recipe.said_by})" if recipe.said_by else ""
         raise UserError(
-            f"{path} does not fit {arch}{by}: {match.share:.1%} of the backbone's weights matched; "
+            f"{path} does not fit {arch}{by}: {match.percent} of the backbone's weights matched; "
             f"{match.problems()}. {_advice(match)}"
         )
     if broken := [key for key, value in match.weights.items() if not torch.isfinite(value).all()]:
@@ -177,4 +177,4 @@ def _tell(backbone: Backbone, match: Match, path: Path, implied: Mapping[str, An
     for note in notes:
         info(f"note: {path}: {note}")
     if not match.complete:
-        info(f"warning: {path} gave {match.share:.1%} of the backbone's weights: {match.problems()}")
+        info(f"warning: {path} gave {match.percent} of the backbone's weights: {match.problems()}")

@@ -45,6 +45,11 @@ class Match:
         return not (self.missing or self.misshapen or self.left_over)
 
     @property
+    def percent(self) -> str:
+        """The share in words, 100 % only where all is there."""
+        return f"{min(self.share, 0.999 if self.share < 1 else 1):.1%}"
+
+    @property
     def resampled(self) -> list[str]:
         """Position embeddings that were fitted to another image size."""
         named = {OPEN_CLIP.get(key, key): value for key, value in self.selected.items()}

@@ -209,6 +209,40 @@ def test_first_stages_run_without_the_others(name: str):
     torch.testing.assert_close(model.forward_features(images), expected[1])
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if hasattr(family.small.build(), "stages")])
+def test_maps_may_stay_unpooled(name: str):
+    images = torch.randn(2, 3, *FAMILIES[name].sizes[0])
+    model = FAMILIES[name].small.build(num_classes=0, global_pool="").eval()
+    torch.testing.assert_close(model(images), model.forward_features(images))
+    model.reset_classifier(3, model.pooling)
+    assert model(images).shape == (2, 3)
+    for bad in (
+        lambda: model.reset_classifier(3, ""),
+        lambda: FAMILIES[name].small.build(num_classes=3, global_pool=""),
+    ):
+        with pytest.raises(ValueError, match="needs pooled features"):
+            bad()
+    with pytest.raises(ValueError, match="pools by"):
+        FAMILIES[name].small.build(global_pool="avgmax")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_alone_need_all_that_is_kept(name: str):
+    model = FAMILIES[name].small.build(features_only=True).train()
+    sum(x.square().sum() for x in model(torch.randn(2, 3, *FAMILIES[name].sizes[0]))).backward()
+    assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["dhvt", "gmm_vit"])
+def test_arguments_of_a_vit_have_their_effect_or_are_refused(name: str):
+    for argument in ("qkv_bias", "qk_norm", "reg_tokens", "patch_drop_rate"):
+        with pytest.raises(TypeError, match=argument):
+            FAMILIES[name].small.build(**{argument: 1})
+    images = torch.randn(2, 3, *FAMILIES[name].sizes[0])
+    model = FAMILIES[name].small.build(pos_drop_rate=0.5).train()
+    assert not torch.equal(model.forward_features(images), model.forward_features(images))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_usual_timm_arguments_work(name: str):
     height, width = FAMILIES[name].sizes[0]

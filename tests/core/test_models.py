@@ -416,6 +416,11 @@ def test_partial_share_is_accepted_and_recorded(resnet: State, tmp_path: Path, c
     assert "missing (layer4.0.conv1.weight" in capsys.readouterr().err
 
 
+def test_one_missing_weight_is_not_a_share_of_100_percent(resnet: State, tmp_path: Path):
+    with pytest.raises(UserError, match=r"99\.9% of the backbone's weights matched; 1 missing \(bn1\.bias\)"):
+        load_resnet(tmp_path, {key: value for key, value in resnet.items() if key != "bn1.bias"})
+
+
 def test_a_deeper_network_of_the_same_widths_is_refused(tmp_path: Path):
     deeper = timm.create_model("resnet50", num_classes=0, **RESNET | {"layers": (1, 1, 2, 1)}).state_dict()
     with pytest.raises(UserError, match=r"100\.0% .* left over \(layer3\.1\.conv1\.weight"):
