@@ -93,7 +93,7 @@ def steps(rank: int, world: int, count: int) -> dict[tuple[str, int], dict[str, 
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_equal_one_with_the_joined_batch(tmp_path: Path, world: int) -> None:
     results = run_on(world, steps, tmp_path, world, 8)
     for name, settings in LOSSES.items():

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from convscope.core.data.order import Mixed, Order, Shuffled
 from tests.core.data.tars import write_split
@@ -80,6 +81,7 @@ def test_other_processes_and_workers_continue_at_the_next_sample(tmp_path: Path)
     assert shown(output)[-1]["attempt"] == 4
 
 
+@pytest.mark.slow
 def test_a_mixture_continues_at_the_next_sample(tmp_path: Path) -> None:
     output = tmp_path / "run"
     sources = [write_split(tmp_path / name, [count]) for name, count in (("a", 40), ("b", 63))]

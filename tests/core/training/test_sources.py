@@ -65,6 +65,7 @@ def test_a_share_that_means_nothing(share: float) -> None:
         TrainConfig(steps=1, max_skipped=share)
 
 
+@pytest.mark.slow
 def test_two_processes_skip_what_one_skips(tmp_path: Path) -> None:
     data = write_split(tmp_path / "train", [11, 9], corrupt=[3, 14])
     finish(data, tmp_path / "one", *RUN)

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -49,6 +50,7 @@ def children(parent: int) -> list[int]:
     return [process for process, its_parent in fields if its_parent == parent]
 
 
+@pytest.mark.slow
 def test_a_killed_group_continues_exactly(tmp_path: Path) -> None:
     run(BuildConfig(source=str(make_images(tmp_path / "images")), dest=str(tmp_path / "shards"), samples_per_shard=7))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
