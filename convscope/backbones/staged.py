@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class StagedNetwork(nn.Module):
     """Stages that each hand one map to the next, a last norm, global pooling and a linear classifier.
 
-    `pooling` names what `pool` does; `global_pool` is that, or "" for maps that stay maps.
+    `pooling` names what `pool` does, and `pool_modules` its modules; `global_pool` is `pooling`, or "" for maps that
+    stay maps.
 
     Args:
         stages: the network's body.
@@ -25,6 +26,7 @@ class StagedNetwork(nn.Module):
     """
 
     pooling = "avg"
+    pool_modules: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -110,6 +112,8 @@ class StagedNetwork(nn.Module):
         self.stages = self.stages[: last + 1]
         if prune_head:
             self.reset_classifier(0)
+            for name in self.pool_modules:
+                setattr(self, name, nn.Identity())
         return list(taken)
 
     def get_classifier(self) -> nn.Module:
@@ -131,7 +135,7 @@ class StagedNetwork(nn.Module):
         if global_pool not in ("", self.pooling):
             raise ValueError(f"{type(self).__name__} pools by {self.pooling!r}, or not with ''; got {global_pool!r}")
         if not global_pool and self.num_classes:
-            raise ValueError(f"{type(self).__name__}: a classifier needs pooled features; or take num_classes=0")
+            raise ValueError(f"{type(self).__name__}: a classifier needs pooled features; num_classes=0 leaves it out")
         self.global_pool = global_pool
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -147,24 +151,18 @@ class StagedNetwork(nn.Module):
 class PoolNormNetwork(StagedNetwork):
     """A staged network that ends as ConvNeXt does, with a LayerNorm behind the pooling, and starts from its weights."""
 
+    pool_modules = ("pool_norm",)
+
     def __init__(
         self, stages: Sequence[nn.Module], channels: Sequence[int], *, num_classes: int, drop_rate: float
     ) -> None:
         super().__init__(stages, channels, num_classes=num_classes, drop_rate=drop_rate)
-        self.pool_norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.pool_norm = nn.LayerNorm(self.num_features, eps=1e-6)
         self.apply(_initialise)
 
     def pool(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C): the mean over positions, normalised."""
         return self.pool_norm(super().pool(x))  # type: ignore[no-any-return]
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """As the other networks, and with the head the norm behind the pooling."""
-        if prune_head:
-            self.pool_norm = nn.Identity()
-        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ A TVConv has its own k x k weights at every position, computed from a learned ma
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -135,6 +135,7 @@ class TVConvMobileNetV2(StagedNetwork):
     """
 
     pooling = "embedding"
+    pool_modules = ("embedding",)
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class TVConvMobileNetV2(StagedNetwork):
         stages[-1].append(ConvNormAct(width, LAST_WIDTH, 1, act_layer=nn.ReLU6))
         channels[-1] = LAST_WIDTH
         super().__init__(stages, channels, (1, 2, 4, 8, 16), num_classes=num_classes)
-        self.embedding: nn.Module = EmbeddingHead(LAST_WIDTH, EMBEDDING, drop_rate)
+        self.embedding = EmbeddingHead(LAST_WIDTH, EMBEDDING, drop_rate)
         self.apply(_init_weights)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -181,14 +182,6 @@ class TVConvMobileNetV2(StagedNetwork):
         """
         fixed = "x".join(str(side) for side in self.img_size)
         assert to_2tuple(img_size) == self.img_size, f"its weights belong to the positions of {fixed} images"
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """As in `StagedNetwork`; the embedding belongs to the head."""
-        if prune_head:
-            self.embedding = nn.Identity()
-        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from convscope.backbones.staged import StagedNetwork
 from convscope.core.backbone import Backbone, create_backbone
 from convscope.core.errors import UserError
 from convscope.core.models import load_backbone, save_backbone
@@ -46,6 +47,7 @@ WRONG_GRADIENTS = ("van_b0", "dhvt_tiny_imagenet_patch16")
 PUBLISHED = [(arch, size, family.merges) for family in FAMILIES.values() for arch, size in family.published.items()]
 CONVOLUTIONAL = [name for name, family in FAMILIES.items() if not family.refused_by_spark]
 MERGING = [name for name, family in FAMILIES.items() if family.merges]
+STAGED = [name for name, family in FAMILIES.items() if isinstance(family.small.build(), StagedNetwork)]
 REFUSED = [name for name, family in FAMILIES.items() if family.refused_by_spark]
 
 SOON_COMPILED = ("simplenet", "gmm_vit")  # the others take a C++ compiler minutes
@@ -197,7 +199,7 @@ def test_maps_have_the_promised_widths_and_strides(name: str):
     assert [tuple(x.shape) for x in chosen(images)] == [expected[0], expected[2]]
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if hasattr(family.small.build(), "stages")])
+@pytest.mark.parametrize("name", STAGED)
 def test_first_stages_run_without_the_others(name: str):
     model = FAMILIES[name].small.build(num_classes=0).eval()
     images = torch.randn(2, 3, *FAMILIES[name].sizes[0])
@@ -209,7 +211,7 @@ def test_first_stages_run_without_the_others(name: str):
     torch.testing.assert_close(model.forward_features(images), expected[1])
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if hasattr(family.small.build(), "stages")])
+@pytest.mark.parametrize("name", STAGED)
 def test_maps_may_stay_unpooled(name: str):
     images = torch.randn(2, 3, *FAMILIES[name].sizes[0])
     model = FAMILIES[name].small.build(num_classes=0, global_pool="").eval()

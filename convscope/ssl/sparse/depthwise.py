@@ -17,7 +17,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
     side = x.shape[-1]
     in_units = _prefer_units(geometry, side, units)
     window = units.window(side, *geometry.halo(side), unit_last=True) if in_units else None
-    units.rows(side)
+    units.rows(side)  # made here: torch.compile takes no new table from inside of an autograd function
     return _Depthwise.apply(x, weight, bias, geometry, units, window)  # type: ignore[no-any-return]
 
 
