@@ -74,7 +74,7 @@ def fft_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fast_length(length: int) -> int:
-    """The next number without a prime factor above 5."""
+    """The next number without a prime factor above 5: `scipy.fft.next_fast_len`, which torch.compile cannot trace."""
     while True:
         rest = length
         for prime in (2, 3, 5):
